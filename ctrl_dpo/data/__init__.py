@@ -1,0 +1,1 @@
+"""Dataset columns, layouts, tokens and the folders that stages exchange."""

@@ -1,0 +1,30 @@
+"""Names of the dataset columns, one place for all stages (see README, "Data format")."""
+
+PROMPT = "prompt"
+RESPONSES = "responses"
+REWARDS = "rewards"
+REFERENCE_REWARDS = "reference_rewards"
+REFERENCE_LOGPS = "reference_logps"
+
+# written by the sample stage, in the order of RESPONSES
+RESPONSE_IDS = "response_ids"      # token ids as drawn, so that nothing is tokenised twice
+FINISHED = "finished"              # False where the draw ran into the length limit
+SAMPLER_LOGPS = "sampler_logps"    # nats per response, from the sampler's own forward passes
+POLICY_LOGPS = "policy_logps"      # nats per response, from the training forward path
+
+# written by the relabel stage
+CALIBRATED_REWARDS = "calibrated_rewards"
+TRANSFORMED_REWARDS = "transformed_rewards"
+LOG_NORMALISER = "log_normaliser"
+BETA = "beta"
+PROCEDURE = "procedure"
+TRANSFORMATION = "transformation"
+
+# pairs
+CHOSEN = "chosen"
+REJECTED = "rejected"
+MARGIN = "margin"
+CHOSEN_IDS = "chosen_ids"
+REJECTED_IDS = "rejected_ids"
+CHOSEN_FINISHED = "chosen_finished"
+REJECTED_FINISHED = "rejected_finished"

@@ -1,0 +1,1 @@
+"""Everything that touches torch: models, batches, log-probabilities, losses, generation."""

@@ -1,0 +1,50 @@
+"""Fixtures shared by all tests. Sockets are blocked, the hub is off, warnings are errors."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from tiny import tiny_llama, tiny_tokenizer
+
+settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
+settings.load_profile("ci")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let only tests marked ``network`` open a socket; Unix sockets serve torch's data loaders."""
+    if item.get_closest_marker("network") is None:
+        from pytest_socket import disable_socket
+
+        disable_socket(allow_unix_socket=True)
+
+
+@pytest.fixture(params=[0], ids=lambda seed: f"seed{seed}")
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    return np.random.default_rng(request.param)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the tiny model in safetensors and its tokenizer, as users have models."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
