@@ -1,0 +1,207 @@
+"""Language models for the stages: bf16 or int8 base, adapters, and a fast form for drawing."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ctrl_dpo._validation import check_choice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load the tokenizer of a model or adapter folder, or of a hub name."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(name))
+
+
+def default_device() -> torch.device:
+    """Return the accelerator torch sees, else the CPU."""
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
+    return torch.device("cpu")
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    load_in_8bit: bool = False,
+    device: str | torch.device | None = None,
+) -> Any:
+    """Load a causal language model for training or scoring, its weights frozen when in 8 bits.
+
+    Parameters
+    ----------
+    name : str or Path
+        Folder with safetensors, or a hub name.
+    dtype : {"bfloat16", "float32", "float16"}
+        Type of the weights and activations; of the activations only for 8-bit linear layers.
+    load_in_8bit : bool
+        Hold every linear layer but the head as int8 with one float scale per output row
+        (``bitsandbytes``). Weights are then 1 byte each and cannot be trained: add an adapter.
+    device : str or torch.device, optional
+        Where the model goes; the accelerator where there is one, else the CPU.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        The model in evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If ``dtype`` is unknown, or ``name`` holds a GGUF file, which cannot be combined with int8.
+    """
+    from transformers import AutoModelForCausalLM
+
+    torch_dtype = DTYPES[check_choice("dtype", dtype, DTYPES)]
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").exists() and list(folder.glob("*.gguf")):
+        raise ValueError(
+            f"model must be a folder with config.json and safetensors; got {str(name)!r}, which "
+            "holds a GGUF file. Convert it once: from_pretrained(gguf_file=...), then save_pretrained."
+        )
+    place = torch.device(device) if device is not None else default_device()
+    options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": "sdpa"}
+    if load_in_8bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+        options["device_map"] = {"": place}
+    model = AutoModelForCausalLM.from_pretrained(str(name), **options)
+    if load_in_8bit:
+        fix_8bit_forward(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    else:
+        model.to(place)
+    return model.eval()
+
+
+def linear_8bit_modules(model: torch.nn.Module) -> list[Any]:
+    """List the bitsandbytes int8 layers of a model; empty when it has none."""
+    if not getattr(model, "is_loaded_in_8bit", False):
+        return []
+    import bitsandbytes as bnb
+
+    return [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+
+
+def fix_8bit_forward(model: torch.nn.Module) -> None:
+    """Make the int8 layers one function in training and evaluation.
+
+    On CPU and XPU, bitsandbytes multiplies by dequantised weights while ``training`` is set and
+    quantises the activations too otherwise: two functions that differ by nats per response. The
+    flag is forced on before each forward pass, so that reference and policy are the same function.
+    """
+    # one warning per layer and forward pass about the cast of the activations
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in linear_8bit_modules(model):
+        module.register_forward_pre_hook(_set_training)
+
+
+def _set_training(module: torch.nn.Module, args: object) -> None:
+    """Set the flag on one layer only; a lambda could not be pickled by a checkpoint."""
+    module.training = True
+
+
+def load_policy(
+    name: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    load_in_8bit: bool = False,
+    device: str | torch.device | None = None,
+    base: str | Path | None = None,
+) -> Any:
+    """Load a model folder or, where it holds an adapter, the base model with the adapter on it.
+
+    Parameters
+    ----------
+    name : str or Path
+        Model folder, adapter folder or hub name.
+    dtype, load_in_8bit, device
+        As in :func:`load_model`.
+    base : str or Path, optional
+        Base model of an adapter, when it has moved since the adapter was saved.
+
+    Returns
+    -------
+    transformers.PreTrainedModel or peft.PeftModel
+        The model in evaluation mode.
+    """
+    if not is_adapter(name):
+        return load_model(name, dtype=dtype, load_in_8bit=load_in_8bit, device=device)
+    from peft import PeftConfig, PeftModel
+
+    source = base or PeftConfig.from_pretrained(str(name)).base_model_name_or_path
+    model = load_model(source, dtype=dtype, load_in_8bit=load_in_8bit, device=device)
+    return PeftModel.from_pretrained(model, str(name)).eval()
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Tell whether a local folder holds a PEFT adapter."""
+    return (Path(name) / ADAPTER_CONFIG).exists()
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[Any]:
+    """Switch a PeftModel to its base weights inside the block: the reference policy."""
+    with model.disable_adapter():
+        yield model
+
+
+def prepare_for_generation(model: Any) -> Any:
+    """Turn a loaded policy into its fastest equal for drawing: no int8 layer, one float type.
+
+    Decoding does one small product per layer and token, so dequantising every int8 weight each time
+    would cost more than the product. They are dequantised once, with the rounding of the training
+    forward pass, so the drawn policy is the trained one. The model cannot be trained afterwards.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        Model from :func:`load_model` or :func:`load_policy`; changed in place.
+
+    Returns
+    -------
+    transformers.PreTrainedModel or peft.PeftModel
+        The same object.
+    """
+    compute = model.dtype
+    replaced = {id(module): _dequantised(module, compute) for module in linear_8bit_modules(model)}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute)
+    return model.eval()
+
+
+def _dequantised(module: Any, dtype: torch.dtype) -> torch.nn.Linear:
+    """Return the float layer that an int8 layer computes in the training forward pass."""
+    scale = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+    # the expression and the order of rounding of bitsandbytes' MatMul8bitFp
+    weight = module.weight.data.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
+    linear = torch.nn.Linear(
+        module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+    )
+    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if module.bias is not None:
+        linear.bias = torch.nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
+    return linear
