@@ -43,7 +43,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the tiny model in safetensors and its tokenizer, as users have models."""
+    """Return a folder with the tiny model and its tokenizer, as users have models."""
     folder = tmp_path_factory.mktemp("tiny_model")
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

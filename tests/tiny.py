@@ -1,4 +1,4 @@
-"""A seeded two-layer Llama and a byte-level chat tokenizer, built in memory: no download, no file."""
+"""A seeded two-layer Llama and a byte-level chat tokenizer, built in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer: one token a byte, after ``<pad> <|im_start|> <|im_end|>`` (259 tokens)."""
+    """Make a tokenizer with one token a byte, after ``<pad> <|im_start|> <|im_end|>``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
     vocab = {token: i for i, token in enumerate([*special, *alphabet])}
@@ -32,7 +32,9 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return fast
 
 
-def tiny_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object
+) -> LlamaForCausalLM:
     """Llama with 2 layers of width 32, 4 query heads on 2 key heads, 259 tokens."""
     settings: dict[str, object] = {
         "vocab_size": 259,

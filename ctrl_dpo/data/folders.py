@@ -188,8 +188,7 @@ def read_rows(source: str | Path) -> Dataset:
                 f"{str(path)!r} must be a complete stage; got an interrupted {record['stage']!r}. "
                 "Run that command again: it goes on where it stopped."
             )
-        files = sorted(str(f) for f in (path / "data").glob("train-*.parquet"))
-        return datasets.load_dataset("parquet", data_files=files, split="train")
+        return read_shards(path)
     if path.is_file():
         suffix = next((s for s in reversed(path.suffixes) if s in _BUILDERS), None)
         if suffix is None:
@@ -204,6 +203,14 @@ def read_rows(source: str | Path) -> Dataset:
             )
         return datasets.load_dataset(str(path), split="train")
     return datasets.load_dataset(str(source), split="train")
+
+
+def read_shards(path: Path) -> Dataset:
+    """Read the shards of a stage folder, complete or not."""
+    import datasets
+
+    files = sorted(str(f) for f in (path / "data").glob("train-*.parquet"))
+    return datasets.load_dataset("parquet", data_files=files, split="train")
 
 
 def content_hash(source: str | Path) -> str:

@@ -1,0 +1,228 @@
+"""Reference policy -> responses, drawn once, offline: training itself never generates."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, concatenate_datasets
+from tqdm import tqdm
+
+from ctrl_dpo._validation import check_columns, check_integer
+from ctrl_dpo.data import columns
+from ctrl_dpo.data.folders import StageFolder, read_rows, read_shards
+from ctrl_dpo.data.tokens import prompt_tokens
+from ctrl_dpo.engine.generation import (
+    Draws,
+    Sampler,
+    draw_responses,
+    end_tokens,
+    use_decode_attention,
+)
+from ctrl_dpo.engine.identity import model_identity
+from ctrl_dpo.engine.models import load_policy, load_tokenizer, prepare_for_generation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+def sample(
+    prompts: Dataset,
+    model: Any,
+    sampler: Sampler | None = None,
+    *,
+    tokenizer: Any = None,
+    output: str | Path | None = None,
+    batch_rows: int = 256,
+    shard_prompts: int = 64,
+    log_ratios: bool = False,
+) -> Dataset:
+    """Draw responses to every prompt, each prompt computed once for all its draws.
+
+    Parameters
+    ----------
+    prompts : datasets.Dataset
+        Rows with ``prompt``: text, or a list of ``{"role", "content"}`` messages. Other columns are
+        kept.
+    model : str, Path or transformers.PreTrainedModel or peft.PeftModel
+        Policy to draw from. A loaded model is changed for fast decoding and cannot be trained
+        afterwards (:func:`ctrl_dpo.engine.models.prepare_for_generation`).
+    sampler : Sampler, optional
+        Number, length, temperature and seed of the draws.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        The model's own by default.
+    output : str or Path, optional
+        Stage folder to write shard by shard. A call that finds finished shards of the same run
+        there draws only the missing ones, and gives what an uninterrupted call gives.
+    batch_rows : int
+        Responses decoded together; bounds memory.
+    shard_prompts : int
+        Prompts per shard: what an interruption can lose.
+    log_ratios : bool
+        For a policy with an adapter: add the log-probability of each draw under the policy and
+        under its reference policy (adapter off), from one forward path, for the KL.
+
+    Returns
+    -------
+    datasets.Dataset
+        The rows with ``responses`` (text), ``response_ids`` (tokens, end token included),
+        ``finished`` (whether the response ended before the length limit), ``sampler_logps``
+        (nats per response under the sampler) and, if asked for, ``policy_logps`` and
+        ``reference_logps`` (nats).
+
+    Raises
+    ------
+    ValueError
+        If there are no prompts, one is malformed or too long for the model, or ``log_ratios`` is
+        asked of a model without an adapter.
+    """
+    chosen = sampler or Sampler()
+    check_integer("batch_rows", batch_rows, 1)
+    check_integer("shard_prompts", shard_prompts, 1)
+    check_columns(prompts.column_names, [columns.PROMPT], "Rename the column with the prompts.")
+    if len(prompts) == 0:
+        raise ValueError(
+            "prompts must have at least one row; got 0. Check the file and its filters."
+        )
+    name = model if isinstance(model, (str, Path)) else None
+    loaded = load_policy(name) if name is not None else model
+    tokens = tokenizer or load_tokenizer(name or loaded.name_or_path)
+    if log_ratios and not hasattr(loaded, "disable_adapter"):
+        raise ValueError(
+            f"log_ratios must be asked of a policy with an adapter; got {type(loaded).__name__}. "
+            "Its reference policy is the model with the adapter off."
+        )
+    ids = [prompt_tokens(tokens, prompt) for prompt in prompts[columns.PROMPT]]
+    _check_lengths(ids, loaded, chosen)
+    drawing = _Drawing(loaded, tokens, chosen, batch_rows, log_ratios)
+    shards = [range(i, min(i + shard_prompts, len(ids))) for i in range(0, len(ids), shard_prompts)]
+    if output is None:
+        made = [part for _, part in drawing.run(prompts, ids, dict(enumerate(shards)))]
+        return concatenate_datasets(made)
+    folder = StageFolder(
+        Path(output),
+        "sample",
+        settings={**chosen.settings, "batch_rows": batch_rows, "log_ratios": log_ratios},
+        inputs={"model": model_identity(loaded, name), "prompts": _prompts_hash(ids)},
+        n_shards=len(shards),
+    ).open()
+    for index, part in drawing.run(prompts, ids, {i: shards[i] for i in folder.missing_shards()}):
+        folder.write_shard(index, part)
+    if not folder.is_complete:
+        folder.finish(_summary(read_shards(folder.path)))
+    return read_rows(folder.path)
+
+
+@dataclass
+class _Drawing:
+    """What it takes to draw a shard."""
+
+    model: Any
+    tokenizer: Any
+    sampler: Sampler
+    batch_rows: int
+    log_ratios: bool
+
+    def run(
+        self, prompts: Dataset, ids: list[list[int]], shards: Mapping[int, range]
+    ) -> Iterator[tuple[int, Dataset]]:
+        """Draw the given shards, one after the other, with a progress bar over prompts."""
+        if not shards:
+            return
+        prepare_for_generation(self.model)
+        use_decode_attention(self.model)
+        occurrences = _occurrences(ids)
+        done = len(ids) - sum(map(len, shards.values()))
+        with tqdm(total=len(ids), initial=done, unit="prompt", desc="sample", disable=None) as bar:
+            for index, rows in shards.items():
+                draws = self._draw([ids[i] for i in rows], [occurrences[i] for i in rows], bar)
+                part = prompts.select(rows)
+                for column, values in self._columns([ids[i] for i in rows], draws).items():
+                    part = part.add_column(column, values)
+                yield index, part
+
+    def _draw(self, ids: list[list[int]], occurrences: list[int], bar: Any) -> list[Draws]:
+        """Draw for the prompts of a shard, batched by length, in their own order."""
+        end_ids = end_tokens(self.model, self.tokenizer)
+        order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+        size = max(1, self.batch_rows // self.sampler.draws)
+        found: dict[int, Draws] = {}
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            drawn = draw_responses(
+                self.model,
+                [ids[i] for i in batch],
+                self.sampler,
+                end_ids,
+                [occurrences[i] for i in batch],
+            )
+            found.update(zip(batch, drawn, strict=True))
+            bar.update(len(batch))
+        return [found[i] for i in range(len(ids))]
+
+    def _columns(self, ids: list[list[int]], draws: list[Draws]) -> dict[str, list[Any]]:
+        """Lay the draws of a shard out as dataset columns."""
+        made: dict[str, list[Any]] = {
+            columns.RESPONSES: [self._texts(d) for d in draws],
+            columns.RESPONSE_IDS: [d.response_ids for d in draws],
+            columns.FINISHED: [d.finished for d in draws],
+            columns.SAMPLER_LOGPS: [d.sampler_logps for d in draws],
+        }
+        if self.log_ratios:
+            made |= self._logps(ids, draws)
+        return made
+
+    def _texts(self, draws: Draws) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(
+            draws.response_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return texts
+
+    def _logps(self, ids: list[list[int]], draws: list[Draws]) -> dict[str, list[list[float]]]:
+        raise NotImplementedError
+
+
+def _prompts_hash(ids: Sequence[Sequence[int]]) -> str:
+    """Hash the prompts as the model sees them: text, template and tokenizer are all in the ids."""
+    text = ";".join(",".join(map(str, prompt)) for prompt in ids)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _occurrences(ids: Sequence[Sequence[int]]) -> list[int]:
+    """Count for each prompt how many equal ones came before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    counts = []
+    for prompt in map(tuple, ids):
+        counts.append(seen[prompt])
+        seen[prompt] += 1
+    return counts
+
+
+def _check_lengths(ids: Sequence[Sequence[int]], model: Any, sampler: Sampler) -> None:
+    """Raise unless every prompt leaves room for a response in the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is None:
+        return
+    room = context - sampler.max_new_tokens
+    for row, prompt in enumerate(ids):
+        if len(prompt) > room:
+            raise ValueError(
+                f"prompt must have at most {room} tokens (context {context} less max_new_tokens "
+                f"{sampler.max_new_tokens}); got {len(prompt)} at row {row}. Shorten or drop it."
+            )
+
+
+def _summary(drawn: Dataset) -> dict[str, Any]:
+    """Count what was drawn, for the record."""
+    lengths = [len(r) for row in drawn[columns.RESPONSE_IDS] for r in row]
+    finished = [f for row in drawn[columns.FINISHED] for f in row]
+    return {
+        "prompts": len(drawn),
+        "responses": len(lengths),
+        "tokens": sum(lengths),
+        "mean_response_tokens": sum(lengths) / len(lengths),
+        "finished_share": sum(finished) / len(finished),
+    }

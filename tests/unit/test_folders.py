@@ -1,0 +1,130 @@
+"""Stage folders: complete or absent shards, one run per folder, readable by ``load_dataset``."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import datasets
+import pytest
+
+from ctrl_dpo.data.folders import (
+    StageFolder,
+    content_hash,
+    read_record,
+    read_rows,
+    read_shards,
+)
+
+
+def rows(*values: int) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"x": list(values)})
+
+
+def stage(path, **changes) -> StageFolder:
+    fields = {"settings": {"seed": 1}, "inputs": {"data": "a"}, "n_shards": 2} | changes
+    return StageFolder(path, "sample", **fields)
+
+
+def test_shards_in_any_order_read_back_in_row_order(tmp_path):
+    folder = stage(tmp_path / "out").open()
+    folder.write_shard(1, rows(3, 4))
+    assert folder.missing_shards() == [0]
+    folder.write_shard(0, rows(1, 2))
+    folder.finish({"rows": 4})
+    assert read_rows(folder.path)["x"] == [1, 2, 3, 4]
+    assert read_record(folder.path)["summary"] == {"rows": 4}
+
+
+def test_load_dataset_reads_a_stage_folder_as_it_is(tmp_path):
+    folder = stage(tmp_path / "out").open()
+    for index in range(2):
+        folder.write_shard(index, rows(10 + index))
+    folder.finish({})
+    assert datasets.load_dataset(str(folder.path), split="train")["x"] == [10, 11]
+
+
+def test_opening_again_continues_the_same_run(tmp_path):
+    stage(tmp_path / "out").open().write_shard(0, rows(1))
+    again = stage(tmp_path / "out").open()
+    assert again.missing_shards() == [1]
+    assert not again.is_complete
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"seed": 2}}, r"where settings\.seed is 1, not 2\. Name another folder"),
+        ({"inputs": {"data": "b"}}, r"where inputs\.data is 'a', not 'b'"),
+        ({"n_shards": 3}, r"where n_shards is 2, not 3"),
+    ],
+)
+def test_the_folder_of_another_run_is_refused(tmp_path, changes, message):
+    stage(tmp_path / "out").open()
+    with pytest.raises(ValueError, match=message):
+        stage(tmp_path / "out", **changes).open()
+
+
+def test_a_folder_with_foreign_files_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds files but no stage\.json"):
+        stage(tmp_path).open()
+
+
+def test_an_interrupted_stage_cannot_be_read_as_complete(tmp_path):
+    folder = stage(tmp_path / "out").open()
+    folder.write_shard(0, rows(5))
+    with pytest.raises(ValueError, match="got an interrupted 'sample'"):
+        read_rows(folder.path)
+    assert read_shards(folder.path)["x"] == [5]
+
+
+def test_a_failed_write_leaves_no_shard(tmp_path):
+    folder = stage(tmp_path / "out").open()
+
+    class Broken:
+        def to_parquet(self, path: str) -> None:
+            with open(path, "wb") as file:  # noqa: PTH123
+                file.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        folder.write_shard(0, Broken())
+    assert folder.missing_shards() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json", "d.csv", "d.parquet"])
+def test_data_files_of_every_supported_kind_are_read(tmp_path, name):
+    path = tmp_path / name
+    text = '{"x": 1}\n{"x": 2}\n'
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    elif name.endswith(".csv"):
+        path.write_text("x\n1\n2\n")
+    elif name.endswith(".parquet"):
+        rows(1, 2).to_parquet(str(path))
+    else:
+        path.write_text(text)
+    assert read_rows(path)["x"] == [1, 2]
+
+
+def test_unknown_and_absent_sources_are_named(tmp_path):
+    (tmp_path / "d.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"must end in one of .* got 'd\.txt'"):
+        read_rows(tmp_path / "d.txt")
+    with pytest.raises(ValueError, match=r"absent\.jsonl'?: no such file"):
+        read_rows(tmp_path / "absent.jsonl")
+
+
+def test_content_hash_follows_the_content_not_the_name(tmp_path):
+    for name, value in (("a", 1), ("b", 1), ("c", 2)):
+        folder = stage(tmp_path / name, n_shards=1).open()
+        folder.write_shard(0, rows(value))
+        folder.finish({})
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"x": value}))
+    assert (
+        content_hash(tmp_path / "a") == content_hash(tmp_path / "b") != content_hash(tmp_path / "c")
+    )
+    files = [content_hash(tmp_path / f"{name}.jsonl") for name in "abc"]
+    assert files[0] == files[1] != files[2]
+    assert content_hash("owner/name") == "hub:owner/name"
