@@ -1,4 +1,4 @@
-"""The fast sampler against a slow one: no cache, no batch, numpy inversion of the full forward pass."""
+"""The fast sampler against a slow one: no cache, no batch, inversion by numpy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drawing_model(request):
 
 
 def slow_draw(model, prompt, sampler, draw, end_ids, occurrence=0):
-    """One draw by the definition: invert the cumulative distribution of the whole sequence's logits."""
+    """Draw once by the definition: invert the distribution of the full forward pass."""
     uniforms = sampler.uniforms(prompt, occurrence)[draw]
     ids, total = list(prompt), 0.0
     for uniform in uniforms:
@@ -119,7 +119,8 @@ def test_inverse_cdf_equals_numpy_inversion(vocabulary, rng):
     probs = np.exp(scores - scores.max(axis=1, keepdims=True))
     probs /= probs.sum(axis=1, keepdims=True)
     expected = [
-        int(np.searchsorted(np.cumsum(p), u, side="right")) for p, u in zip(probs, uniforms)
+        int(np.searchsorted(np.cumsum(p), u, side="right"))
+        for p, u in zip(probs, uniforms, strict=True)
     ]
     expected[1] = vocabulary - 1
     assert token.tolist() == expected

