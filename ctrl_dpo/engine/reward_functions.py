@@ -1,0 +1,150 @@
+"""Rewards as functions of prompts and responses, with an identity for the score cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+RewardCallable = Callable[[list[Any], list[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One response to score.
+
+    Parameters
+    ----------
+    prompt : str or list of dict
+        Text, or messages.
+    response : str
+        Text of the response.
+    place : str
+        What errors call it, "row 3, response 0".
+    """
+
+    prompt: Any
+    response: str
+    place: str
+
+
+class Reward(Protocol):
+    """What the score stage needs of a reward: a function here, a model in ``reward_models``."""
+
+    @property
+    def identity(self) -> str:
+        """Text that changes whenever the scores could: a part of every cache key."""
+
+    def batches(
+        self, candidates: Sequence[Candidate], batch_size: int
+    ) -> Iterator[dict[int, float]]:
+        """Yield scores by position, in the order that is fastest."""
+
+
+class FunctionReward:
+    """A function that takes a list of prompts and a list of responses, and returns as many numbers.
+
+    Parameters
+    ----------
+    function : callable
+        Prompts arrive as the dataset has them: text, or a list of messages.
+    """
+
+    def __init__(self, function: RewardCallable) -> None:
+        self.function = function
+        owner = function if hasattr(function, "__qualname__") else type(function)
+        self.name = f"{owner.__module__}:{owner.__qualname__}"
+
+    @property
+    def identity(self) -> str:
+        """Module, name and the hash of the module's source: a function may call its neighbours.
+
+        Returns
+        -------
+        str
+            ``module:function:sha256``.
+
+        Raises
+        ------
+        ValueError
+            If the scores could depend on more than a source file: a lambda, a closure, an object.
+        """
+        function = self.function
+        source = inspect.getsourcefile(function) if inspect.isfunction(function) else None
+        if source is None or "<" in self.name or not Path(source).is_file():
+            raise ValueError(
+                "reward must be a function at the top of a module for its scores to be cached; got "
+                f"{self.name!r}. Move it to a module, or give no cache."
+            )
+        return f"{self.name}:{hashlib.sha256(Path(source).read_bytes()).hexdigest()}"
+
+    def batches(
+        self, candidates: Sequence[Candidate], batch_size: int
+    ) -> Iterator[dict[int, float]]:
+        """Call the function on consecutive parts.
+
+        Parameters
+        ----------
+        candidates : sequence of Candidate
+            What to score.
+        batch_size : int
+            Responses a call.
+
+        Yields
+        ------
+        dict of int to float
+            Scores by position.
+
+        Raises
+        ------
+        ValueError
+            If the function returns another number of scores than it was given responses.
+        """
+        for start in range(0, len(candidates), batch_size):
+            part = candidates[start : start + batch_size]
+            scores = list(self.function([c.prompt for c in part], [c.response for c in part]))
+            if len(scores) != len(part):
+                raise ValueError(
+                    f"reward {self.name} must return one score a response; got {len(scores)} for "
+                    f"{len(part)} responses from {part[0].place}."
+                )
+            yield {start + i: self._number(value) for i, value in enumerate(scores)}
+
+    def _number(self, score: Any) -> float:
+        """Convert one score, of Python, numpy or torch."""
+        if isinstance(score, str) or not hasattr(score, "__float__"):
+            raise TypeError(f"reward {self.name} must return numbers; got {score!r}.")
+        return float(score)
+
+
+def import_function(text: str) -> RewardCallable:
+    """Import a function from text.
+
+    Parameters
+    ----------
+    text : str
+        ``module:function``; the module must be importable.
+
+    Returns
+    -------
+    callable
+        The function.
+
+    Raises
+    ------
+    ValueError
+        If the module has no function of that name.
+    """
+    module_name, _, name = text.partition(":")
+    module = importlib.import_module(module_name)
+    found = {n: f for n, f in vars(module).items() if inspect.isfunction(f)}
+    if name not in found:
+        raise ValueError(
+            f"reward must name a function of module {module_name!r}; got {name!r}. It has "
+            f"{sorted(found)}."
+        )
+    return found[name]
