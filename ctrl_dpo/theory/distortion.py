@@ -172,7 +172,9 @@ class Procedure(ABC):
             raise ValueError(f"rng must be a numpy Generator for {self}; got None.")
         weights = [weight for weight, _, _ in self.order_statistics]
         which = rng.choice(len(parts), size=draws.shape[:-1], p=weights)
-        chosen: NDArray[np.intp] = np.take_along_axis(np.stack(parts), np.asarray(which)[None], 0)[0]
+        chosen: NDArray[np.intp] = np.take_along_axis(np.stack(parts), np.asarray(which)[None], 0)[
+            0
+        ]
         return chosen
 
 

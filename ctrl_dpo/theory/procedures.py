@@ -9,6 +9,16 @@ from dataclasses import dataclass
 from ctrl_dpo._validation import check_finite, check_integer
 from ctrl_dpo.theory.distortion import Procedure
 
+__all__ = [
+    "BestOfN",
+    "Mixture",
+    "OrderStatistic",
+    "Procedure",
+    "SingleDraw",
+    "WorstOfN",
+    "parse_procedure",
+]
+
 
 @dataclass(frozen=True)
 class SingleDraw(Procedure):
