@@ -27,7 +27,7 @@ class Procedure(ABC):
         h(q) = \sum w \, I_q(n - k + 1, k), \qquad
         h'(q) = \sum w \, \frac{q^{n-k} (1-q)^{k-1}}{B(n - k + 1, k)}.
 
-    Procedures are frozen, hashable and equal by value; ``str`` and `ctrl_dpo.theory.procedures.parse_procedure` are
+    Procedures are frozen, hashable and equal by value; ``str`` and `procedures.parse_procedure` are
     inverses.
 
     References

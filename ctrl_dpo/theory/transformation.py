@@ -1,0 +1,220 @@
+"""What a transformation is, a user's function as one, and the normaliser of its policy."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ctrl_dpo._validation import check_finite, check_positive
+from ctrl_dpo.theory.panels import Panels, Points, refined
+
+FloatArray = NDArray[np.float64]
+
+_REACH = 40.0  # logits beyond which the reference policy has mass 4e-18
+_NEGLIGIBLE = 45.0  # nats below the peak at which a density no longer counts
+_FARTHEST = 1e13  # logits; a density that still has mass there has no usable normaliser
+
+
+class Transformation(ABC):
+    """An increasing map of calibrated rewards; the transformed reward is what alignment maximises.
+
+    Called on an array of calibrated rewards it returns an array of the same shape. ``str`` and
+    `ctrl_dpo.transform.parse_transformation`
+    are inverses. Only differences of values matter.
+    """
+
+    @property
+    def offset(self) -> float:
+        """Constant that `score` leaves out: the value at u = 1 where that is finite."""
+        return 0.0
+
+    @abstractmethod
+    def score(self, points: Points) -> FloatArray:
+        """Return the transformation minus `offset`, without cancellation next to 0 and 1."""
+
+    def at(self, points: Points) -> FloatArray:
+        """Return the transformed rewards at points given by their logit."""
+        return self.score(points) + self.offset
+
+    def __call__(self, u: ArrayLike) -> FloatArray:
+        """Return the transformed rewards of calibrated rewards in [0, 1]."""
+        return self.at(Points.of(check_unit("u", u)))[()]
+
+    def log_normaliser(self, beta: float) -> float:
+        r"""Return log Z, the constant of the anchored loss.
+
+        .. math:: \log Z = \log \int_0^1 \exp(\Phi(u) / \beta) du
+
+        The optimal log-ratio of a response is Phi(u) / beta - log Z.
+
+        Parameters
+        ----------
+        beta : float
+            Strength of the KL penalty, > 0.
+
+        Returns
+        -------
+        float
+            log Z; the same for every prompt.
+
+        Examples
+        --------
+        >>> from ctrl_dpo import Log
+        >>> round(Log().log_normaliser(1.0), 6)
+        -0.693147
+        """
+        beta = check_positive("beta", beta)
+        return normalise(self, beta)[1] + self.offset / beta
+
+
+@dataclass(frozen=True)
+class UserFunction(Transformation):
+    """A user's function of the calibrated reward as a transformation, checked when built.
+
+    Parameters
+    ----------
+    function : callable
+        Maps an array of calibrated rewards in (0, 1) to transformed rewards of the same shape.
+    """
+
+    function: Callable[[FloatArray], Any]
+
+    def __post_init__(self) -> None:
+        """Evaluate the function on a grid: NaN is an error, a decrease is a warning."""
+        u = np.linspace(0.0, 1.0, 1025)[1:-1]
+        values = self(u)
+        steps = np.diff(values)
+        if (steps < 0).any():
+            worst = int(np.argmax(steps < 0))
+            warnings.warn(
+                f"transformation must be increasing; got {values[worst]:.6g} then "
+                f"{values[worst + 1]:.6g} at u = {u[worst + 1]:.6g}. Relabelling with it reverses "
+                "preferences.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def __call__(self, u: ArrayLike) -> FloatArray:
+        """Return the function's values, or raise if one is NaN or the shape is wrong."""
+        u = check_unit("u", u)
+        with np.errstate(divide="ignore"):
+            values = np.asarray(self.function(u), dtype=np.float64)
+        if values.shape != u.shape:
+            raise ValueError(
+                f"transformation must return one value per u; got shape {values.shape} "
+                f"for u of shape {u.shape}."
+            )
+        bad = np.isnan(values) | (values == np.inf) & (u < 1)
+        if bad.any():
+            raise ValueError(
+                f"transformation must return a number for every u in (0, 1); "
+                f"got {values[bad].flat[0]} at u = {u[bad].flat[0]:.6g}."
+            )
+        return values
+
+    def score(self, points: Points) -> FloatArray:
+        """Return the function's values."""
+        return self(points.u)
+
+    def __str__(self) -> str:
+        """Return the function's name."""
+        return str(getattr(self.function, "__name__", self.function))
+
+
+def as_transformation(transformation: Any) -> Transformation:
+    """Return a transformation as it is, a plain function of u checked and wrapped.
+
+    Parameters
+    ----------
+    transformation : Transformation or callable
+        A callable maps an array of calibrated rewards in (0, 1) to numbers of the same shape.
+
+    Returns
+    -------
+    Transformation
+        With ``str`` the callable's name.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
+    """
+    if isinstance(transformation, Transformation):
+        return transformation
+    if not callable(transformation):
+        raise TypeError(
+            f"transformation must be a Transformation or a function of u; got {transformation!r}."
+        )
+    return UserFunction(transformation)
+
+
+def normalise(transformation: Transformation, beta: float) -> tuple[Panels, float]:
+    """Return panels that resolve exp(score / beta), and log of its integral."""
+    panels, peak = _spanning(transformation, beta)
+
+    def masses(points: Points) -> FloatArray:
+        log_mass = transformation.score(points) / beta + points.log_jacobian - peak
+        return np.stack((np.exp(log_mass), points.jacobian))
+
+    panels = refined(panels, masses)
+    total = float(panels.integral(masses(panels.points)[0]))
+    return panels, float(np.log(total) + peak)
+
+
+def standard_deviation(transformation: Transformation) -> float:
+    """Return the transformation's standard deviation under the reference policy, roughly."""
+    panels = Panels(np.linspace(-_REACH, _REACH, 81))
+    weight = panels.points.jacobian
+    score = transformation.score(panels.points)
+    largest = float(np.abs(score).max())
+    score = score / largest
+    mean = panels.integral(score * weight)
+    return largest * float(np.sqrt(panels.integral((score - mean) ** 2 * weight)))
+
+
+def _spanning(transformation: Transformation, beta: float) -> tuple[Panels, float]:
+    """Return first panels that cover the mass of policy and reference policy, and its log peak."""
+    reach = 64.0
+    while True:
+        edges = _graded_edges(reach)
+        points = Points(edges)
+        log_mass = transformation.score(points) / beta + points.log_jacobian
+        peak = float(log_mass.max())
+        if not np.isfinite(peak):
+            raise ValueError(
+                f"transformation must be finite over beta in (0, 1); got a log-density of {peak} "
+                f"at beta = {beta!r}."
+            )
+        if max(log_mass[0], log_mass[-1]) < peak - _NEGLIGIBLE:
+            break
+        reach *= 4
+        if reach > _FARTHEST:
+            raise ValueError(
+                f"beta must be large enough that exp(transformation / beta) has a finite integral "
+                f"over u; got beta = {beta!r} for {transformation}."
+            )
+    counted = (log_mass > peak - _NEGLIGIBLE) | (np.abs(edges) < _REACH)
+    first, last = np.flatnonzero(counted)[[0, -1]]
+    return Panels(edges[max(first - 1, 0) : last + 2]), peak
+
+
+def _graded_edges(reach: float) -> FloatArray:
+    """Return logits spaced by 2 in the middle and by a fifth of their size towards the ends."""
+    n_outer = int(np.ceil(np.log(reach / 10.0) / np.log(1.2)))
+    outer = 10.0 * (reach / 10.0) ** (np.arange(1, n_outer + 1) / n_outer)
+    return np.concatenate((-outer[::-1], np.linspace(-10.0, 10.0, 11), outer))
+
+
+def check_unit(name: str, values: ArrayLike) -> FloatArray:
+    """Return values as float64, or raise unless they lie in [0, 1]."""
+    array = check_finite(name, values)
+    outside = (array < 0) | (array > 1)
+    if outside.any():
+        raise ValueError(f"{name} must lie in [0, 1]; got {float(array[outside].flat[0])!r}.")
+    return array
