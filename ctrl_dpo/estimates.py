@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,22 @@ class Estimate:
             "standard_error": self.standard_error,
             "per_prompt": self.per_prompt.tolist(),
         }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Estimate:
+        """Read back what :meth:`as_dict` wrote.
+
+        Parameters
+        ----------
+        fields : mapping
+            All five fields.
+
+        Returns
+        -------
+        Estimate
+            Equal to the one written.
+        """
+        return cls(**{**fields, "per_prompt": np.asarray(fields["per_prompt"], dtype=np.float64)})
 
 
 def mean_over_prompts(

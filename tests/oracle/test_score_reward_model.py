@@ -189,3 +189,18 @@ def test_truncation_is_refused_with_its_place(checkpoint):
         score(Dataset.from_list(rows), str(checkpoint), progress=False)
     rows[1]["responses"][1] = "x" * (128 - frame)
     assert len(score(Dataset.from_list(rows), str(checkpoint), progress=False)) == 2
+
+
+def test_the_identity_of_a_hub_checkpoint_is_its_commit(tmp_path, monkeypatch):
+    """A hub cache laid out by hand: two commits of one name, the sockets blocked."""
+    commits = ["0" * 39 + "1", "0" * 39 + "2"]
+    repository = tmp_path / "models--someone--reward"
+    (repository / "refs").mkdir(parents=True)
+    for commit in commits:
+        save_reward_model(repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for commit in commits:
+        (repository / "refs" / "main").write_text(commit)
+        found = SequenceRewardModel("someone/reward").identity
+        assert found == f"someone/reward@{commit}:float32"

@@ -1,0 +1,339 @@
+"""Evaluate stage: win rates, KL and attainment of a policy from scored draws, no model involved."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ctrl_dpo._validation import check_columns, check_finite
+from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
+from ctrl_dpo.estimates import Estimate, mean_over_prompts, paired_difference
+from ctrl_dpo.theory.procedures import Procedure
+from ctrl_dpo.win_rates import (
+    Rows,
+    attainment,
+    attainment_interval,
+    checked_rows,
+    inference_win_rate,
+)
+
+__all__ = [
+    "CalibrationError",
+    "attainment",
+    "calibration_error",
+    "compare",
+    "evaluate",
+    "inference_win_rate",
+    "kl_divergence",
+    "paired_difference",
+]
+
+PROCEDURES = ("single_draw", "best_of_4", "worst_of_4")
+_PER_DRAW = (REWARDS, POLICY_LOGPS, REFERENCE_LOGPS)
+_LENGTH = "length"
+
+
+def kl_divergence(
+    policy_logps: Rows,
+    reference_logps: Rows,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    r"""Estimate KL(policy, reference policy) from draws of the policy.
+
+    .. math:: \mathrm{KL} = E_{y \sim \pi} \left[ \log \pi(y|x) - \log \pi_\mathrm{ref}(y|x) \right]
+
+    Parameters
+    ----------
+    policy_logps, reference_logps : (n_prompts, m) array_like, or one sequence a prompt
+        Log-probabilities of the policy's draws under the two models, nats per response.
+    confidence : float
+        Nominal coverage of the interval, in (0, 1).
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    Estimate
+        Nats per response. ``.standard_error`` is clustered by prompt.
+
+    Raises
+    ------
+    ValueError
+        If the two do not have the same shape.
+
+    Notes
+    -----
+    The plain mean of log-ratios, unbiased; noise can make it negative near 0. No control variate is
+    used: E[pi_ref/pi] = 1 would give one, but that ratio has a heavy tail beyond 1 nat.
+
+    Examples
+    --------
+    >>> result = kl_divergence([[-1.0, -2.0], [-3.0, -1.0]], [[-2.0, -2.0], [-3.0, -2.0]])
+    >>> result.value, result.per_prompt.tolist()
+    (0.5, [0.5, 0.5])
+    """
+    policy = checked_rows("policy_logps", policy_logps)
+    reference = checked_rows("reference_logps", reference_logps)
+    shapes = [row.size for row in policy], [row.size for row in reference]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "policy_logps and reference_logps must cover the same draws; got "
+            f"{sum(shapes[0])} draws on {len(policy)} prompts and {sum(shapes[1])} on "
+            f"{len(reference)}."
+        )
+    per_prompt = [float((a - b).mean()) for a, b in zip(policy, reference, strict=True)]
+    return mean_over_prompts(per_prompt, confidence, seed, "KL")
+
+
+@dataclass(frozen=True)
+class CalibrationError:
+    """Distances of calibrated rewards from the uniform distribution.
+
+    Parameters
+    ----------
+    kolmogorov_smirnov : float
+        Largest distance of the two cumulative distributions, in [0, 1].
+    cramer_von_mises : float
+        Mean squared distance of the two, the integral of (F_n(u) - u)^2 over [0, 1].
+    n : int
+        Number of calibrated rewards.
+    """
+
+    kolmogorov_smirnov: float
+    cramer_von_mises: float
+    n: int
+
+
+def calibration_error(calibrated_rewards: ArrayLike) -> CalibrationError:
+    r"""Compare the calibrated rewards of held-out reference draws with the uniform distribution.
+
+    .. math:: \sup_u |F_n(u) - u|, \qquad \int_0^1 (F_n(u) - u)^2 \, du
+
+    Parameters
+    ----------
+    calibrated_rewards : array_like
+        Calibrated rewards in [0, 1] of reference draws not used for calibration; any shape.
+
+    Returns
+    -------
+    CalibrationError
+        Both distances.
+
+    Raises
+    ------
+    ValueError
+        If there is no value, or one outside [0, 1].
+
+    Notes
+    -----
+    With k reference rewards a prompt, calibrated rewards are multiples of 1/(2k), so neither
+    distance reaches 0 however many prompts there are: perfect calibration without ties puts mass
+    1/(k + 1) on each of the k + 1 values, at a distance of 1/(k + 1). Draws of one prompt share
+    their reference rewards, so no p-value is offered.
+
+    Examples
+    --------
+    >>> calibration_error([0.5, 1.0])
+    CalibrationError(kolmogorov_smirnov=0.5, cramer_von_mises=0.08333333333333333, n=2)
+    """
+    values = check_finite("calibrated_rewards", np.ravel(np.asarray(calibrated_rewards)), ndim=1)
+    if values.size == 0 or values.min() < 0 or values.max() > 1:
+        span = (float(values.min()), float(values.max())) if values.size else "no value"
+        raise ValueError(f"calibrated_rewards must be in [0, 1]; got {span}.")
+    n = values.size
+    ordered = np.sort(values)
+    steps = np.arange(1, n + 1) / n
+    largest = max((steps - ordered).max(), (ordered - steps + 1 / n).max())
+    mean_square = np.mean((ordered - steps + 0.5 / n) ** 2) + 1 / (12 * n**2)
+    return CalibrationError(float(largest), float(mean_square), n)
+
+
+def evaluate(
+    policy: Iterable[Mapping[str, Any]],
+    reference: Iterable[Mapping[str, Any]],
+    *,
+    name: str = "policy",
+    procedures: Sequence[str | Procedure] = PROCEDURES,
+    against: str | Procedure | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a policy against the reference policy on the same held-out prompts.
+
+    Parameters
+    ----------
+    policy, reference : iterable of mapping, for instance Dataset
+        Rows with ``prompt`` and ``rewards`` of fresh draws. ``response_ids`` of either give the
+        lengths; ``policy_logps`` and ``reference_logps`` of the policy's rows give the KL. Rows of
+        one prompt are taken together.
+    name : str
+        What tables and figures call the policy.
+    procedures : sequence of str or Procedure
+        Inference-time procedures to measure.
+    against : str or Procedure, optional
+        Procedure on the reference side, where it is not the policy's.
+    confidence : float
+        Nominal coverage of every interval, in (0, 1).
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    dict
+        Ready for JSON. ``win_rates`` and ``attainment`` by procedure; ``kl`` (nats per response);
+        ``length`` and ``reference_length`` (tokens); ``rewards`` and ``reference_rewards`` (means);
+        ``tied`` (share of policy and reference rewards that are equal); counts and settings. None
+        stands for what the columns do not give, and for attainment at a KL that may be 0.
+
+    Raises
+    ------
+    ValueError
+        If the two do not hold the same prompts.
+
+    Examples
+    --------
+    >>> policy = [{"prompt": p, "rewards": [0.2, 0.9]} for p in ("a", "b")]
+    >>> reference = [{"prompt": p, "rewards": [0.1, 0.5]} for p in ("a", "b")]
+    >>> record = evaluate(policy, reference, procedures=["single_draw", "best_of_2"])
+    >>> [rates["value"] for rates in record["win_rates"].values()]
+    [0.75, 1.0]
+    """
+    mine, theirs = _draws(policy), _draws(reference)
+    if mine.keys() != theirs.keys():
+        raise ValueError(
+            "policy and reference must hold the same prompts; got "
+            f"{len(mine.keys() - theirs.keys())} in policy only and "
+            f"{len(theirs.keys() - mine.keys())} in reference only."
+        )
+    prompts = list(mine)
+    ours = [mine[prompt] for prompt in prompts]
+    base = [theirs[prompt] for prompt in prompts]
+    options: dict[str, Any] = {"confidence": confidence, "seed": seed}
+    rewards = [row[REWARDS] for row in ours], [row[REWARDS] for row in base]
+    win_rates = {
+        str(procedure): inference_win_rate(*rewards, procedure, against=against, **options)
+        for procedure in procedures
+    }
+    kl = None
+    if ours[0].keys() >= {POLICY_LOGPS, REFERENCE_LOGPS}:
+        logps = [row[POLICY_LOGPS] for row in ours], [row[REFERENCE_LOGPS] for row in ours]
+        kl = kl_divergence(*logps, **options)
+    attained = {
+        procedure: None
+        if kl is None
+        else attainment_interval(rate, kl, procedure, against, **options)
+        for procedure, rate in win_rates.items()
+    }
+    return {
+        "name": name,
+        "n_prompts": len(prompts),
+        "n_draws": sum(map(len, rewards[0])),
+        "n_reference_draws": sum(map(len, rewards[1])),
+        "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "against": None if against is None else str(against),
+        **options,
+        "win_rates": {procedure: rate.as_dict() for procedure, rate in win_rates.items()},
+        "attainment": attained,
+        "kl": None if kl is None else kl.as_dict(),
+        "length": _mean_of_means(ours, _LENGTH, options),
+        "reference_length": _mean_of_means(base, _LENGTH, options),
+        "rewards": _mean_of_means(ours, REWARDS, options),
+        "reference_rewards": _mean_of_means(base, REWARDS, options),
+        "tied": float(np.mean([_tied(*pair) for pair in zip(*rewards, strict=True)])),
+    }
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Compare two policies over the same prompts: first minus second, paired by prompt.
+
+    Parameters
+    ----------
+    first, second : mapping
+        Records of :func:`evaluate` on the same prompts, against the same reference draws.
+
+    Returns
+    -------
+    dict
+        Difference of each win rate that both records have, by procedure, as :class:`Estimate`
+        fields ready for JSON. The confidence and the seed are those of ``first``.
+
+    Raises
+    ------
+    ValueError
+        If the records are of different prompts.
+
+    Examples
+    --------
+    >>> reference = [{"prompt": p, "rewards": [0.1, 0.5]} for p in ("a", "b")]
+    >>> good = [{"prompt": p, "rewards": [0.7, 0.9]} for p in ("a", "b")]
+    >>> records = [evaluate(x, reference, procedures=["best_of_2"]) for x in (good, reference)]
+    >>> compare(*records)["best_of_2"]["value"]
+    0.5
+    """
+    for setting in ("prompts_hash", "against"):
+        if first[setting] != second[setting]:
+            raise ValueError(
+                f"first and second must be records of the same {setting}; got {first[setting]!r} "
+                f"for {first['name']!r} and {second[setting]!r} for {second['name']!r}."
+            )
+    rates = first["win_rates"], second["win_rates"]
+    return {
+        procedure: paired_difference(
+            Estimate.from_dict(rates[0][procedure]),
+            Estimate.from_dict(rates[1][procedure]),
+            first["confidence"],
+            first["seed"],
+        ).as_dict()
+        for procedure in rates[0]
+        if procedure in rates[1]
+    }
+
+
+def _draws(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Gather the columns of the draws by prompt, in the order in which prompts first appear."""
+    gathered: dict[str, dict[str, list[Any]]] = {}
+    for number, row in enumerate(rows):
+        check_columns(row, [PROMPT, REWARDS], "Run `ctrl-dpo score` first.")
+        columns = {name: row[name] for name in _PER_DRAW if row.get(name) is not None}
+        if row.get(RESPONSE_IDS) is not None:
+            columns[_LENGTH] = [len(ids) for ids in row[RESPONSE_IDS]]
+        sizes = {name: len(values) for name, values in columns.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"columns must hold one entry a draw; got {sizes} at row {number}.")
+        draws = gathered.setdefault(
+            json.dumps(row[PROMPT], sort_keys=True), {n: [] for n in columns}
+        )
+        if number and columns.keys() != next(iter(gathered.values())).keys():
+            raise ValueError(
+                f"rows must have the same columns; got {sorted(columns)} at row {number}, "
+                f"{sorted(next(iter(gathered.values())))} at row 0."
+            )
+        for name, values in columns.items():
+            draws[name].extend(values)
+    if not gathered:
+        raise ValueError("policy and reference must hold at least one row; got 0.")
+    return gathered
+
+
+def _mean_of_means(
+    rows: list[dict[str, list[Any]]], column: str, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Average a column over draws and then over prompts; None where it is absent."""
+    if column not in rows[0]:
+        return None
+    values = checked_rows(column, [row[column] for row in rows])
+    # divided first: the sum of rewards near the largest float would overflow
+    means = [float(np.sum(row / row.size)) for row in values]
+    return mean_over_prompts(means, name=column, **options).as_dict()
+
+
+def _tied(policy: ArrayLike, reference: ArrayLike) -> float:
+    """Return the share of pairs with equal rewards on one prompt."""
+    return float(np.mean(np.asarray(policy)[:, None] == np.asarray(reference)[None, :]))

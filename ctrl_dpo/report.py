@@ -1,0 +1,264 @@
+"""Report stage: evaluation records to one page with tables and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ctrl_dpo import plots
+from ctrl_dpo.data.folders import write_atomically
+from ctrl_dpo.evaluate import compare
+from ctrl_dpo.theory.policies import frontier
+from ctrl_dpo.theory.procedures import parse_procedure
+from ctrl_dpo.transform import Exponential, Identity
+from ctrl_dpo.win_rates import untrained_win_rate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+
+_CAPTIONS = {
+    "frontier.png": "Win rate against KL. No policy lies above the black curve but for noise; the "
+    "further below it a point lies, the more of its KL went into changes that the rewards ignore.",
+    "rewards.png": "Rewards of single draws on the held-out prompts, before and after training.",
+    "calibration.png": "Calibrated rewards of reference draws that took no part in the "
+    "calibration. Where they are not uniform, the curves of the theory do not hold.",
+    "training.png": "Training, one colour a policy; dashed lines are held-out values.",
+}
+
+
+def report(
+    path: str | Path,
+    records: Sequence[Record],
+    *,
+    training_logs: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    calibrated_rewards: ArrayLike | None = None,
+    k: int | None = None,
+    reference_rewards: ArrayLike | None = None,
+    policy_rewards: Mapping[str, ArrayLike] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write ``report.md`` and its figures.
+
+    Parameters
+    ----------
+    path : str or Path
+        Folder; a report that is there is replaced.
+    records : sequence of mapping
+        Records of :func:`~ctrl_dpo.evaluate.evaluate`, on the same prompts. The first is compared
+        with each of the others.
+    training_logs : mapping of str to sequence of mapping, optional
+        Rows of each policy's ``metrics.jsonl``: ``step``, ``loss``, ``rewards/margins``, ...
+    calibrated_rewards : array_like, optional
+        Calibrated rewards of fresh reference draws, any shape.
+    k : int, optional
+        Reference rewards a prompt that calibrated them.
+    reference_rewards, policy_rewards : array_like and mapping of str to array_like, optional
+        Rewards of single draws of the reference policy and of each policy; given together.
+    settings : mapping, optional
+        What made the numbers, ready for JSON.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    ValueError
+        If there is no record.
+    """
+    if not records:
+        raise ValueError(f"records must hold at least one record; got {list(records)!r}.")
+    figures: dict[str, Figure] = {}
+    if any(record["kl"] is not None for record in records):
+        figures["frontier.png"] = _frontier_figure(records)
+    if reference_rewards is not None and policy_rewards is not None:
+        figures["rewards.png"] = plots.reward_figure(reference_rewards, policy_rewards)
+    if calibrated_rewards is not None:
+        figures["calibration.png"] = plots.calibration_figure(calibrated_rewards, k)
+    if training_logs:
+        figures["training.png"] = plots.training_figure(training_logs)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=plots.DPI)
+    page = folder / "report.md"
+    write_atomically(page, _page(records, list(figures), settings or {}).encode("utf-8"))
+    return page
+
+
+def frontier_rows(
+    procedures: Sequence[str],
+    kls: Sequence[float],
+    against: str | None = None,
+    rate: float = 10.0,
+) -> list[dict[str, Any]]:
+    """Tabulate the theory for several procedures: the optimum, an exponential, the identity.
+
+    Parameters
+    ----------
+    procedures : sequence of str
+        Inference-time procedures.
+    kls : sequence of float
+        KL budgets, nats per response, > 0.
+    against : str, optional
+        Procedure on the reference side, where it is not the policy's.
+    rate : float
+        Rate of the exponential, > 0; negated for procedures that do not keep the best.
+
+    Returns
+    -------
+    list of dict
+        ``procedure``, ``transformation``, ``kl``, ``beta`` and ``win_rate``, as
+        :func:`~ctrl_dpo.plots.frontier_figure` takes them.
+    """
+    rows: list[dict[str, Any]] = []
+    for procedure in map(parse_procedure, procedures):
+        exponential = Exponential(rate if procedure.is_convex else -rate)
+        points = frontier(procedure, ["optimal", exponential, Identity()], kls, against)
+        rows += [{"procedure": str(procedure), **asdict(point)} for point in points]
+    return rows
+
+
+def win_rate_table(records: Sequence[Record]) -> str:
+    """Write KL, win rates and lengths as a Markdown table, one row a policy.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Records of :func:`~ctrl_dpo.evaluate.evaluate`.
+
+    Returns
+    -------
+    str
+        The table.
+    """
+    procedures = _procedures(records)
+    against = records[0]["against"]
+    rows = [
+        [
+            record["name"],
+            _cell(record["kl"], "{:.2f}"),
+            *(_cell(record["win_rates"].get(p), "{:.1%}") for p in procedures),
+            _cell(record["length"], "{:.1f}"),
+        ]
+        for record in records
+    ]
+    starts = [untrained_win_rate(p, against) for p in procedures]
+    length = _cell(records[0]["reference_length"], "{:.1f}")
+    rows.append(["reference policy", "0", *(f"{start:.1%}" for start in starts), length])
+    return _table(["policy", "KL (nats)", *map(plots.words, procedures), "length (tokens)"], rows)
+
+
+def attainment_table(records: Sequence[Record]) -> str:
+    """Write the share of the attainable gain as a Markdown table, one row a policy.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Records of :func:`~ctrl_dpo.evaluate.evaluate`.
+
+    Returns
+    -------
+    str
+        The table.
+    """
+    procedures = _procedures(records)
+    rows = [
+        [record["name"], *(_cell(record["attainment"].get(p), "{:.2f}") for p in procedures)]
+        for record in records
+    ]
+    return _table(["policy", *map(plots.words, procedures)], rows)
+
+
+def comparison_table(records: Sequence[Record]) -> str:
+    """Write the differences of the first policy to each other one, paired by prompt.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        At least two records of :func:`~ctrl_dpo.evaluate.evaluate`, on the same prompts.
+
+    Returns
+    -------
+    str
+        A Markdown table; win rates differ by percentage points.
+    """
+    first, *others = records
+    procedures = _procedures(records)
+    rows = []
+    for other in others:
+        found = compare(first, other)
+        cells = [_cell(found.get(p), "{:+.1%}") for p in procedures]
+        rows.append([f"{first['name']} minus {other['name']}", *cells])
+    return _table(["difference of win rates", *map(plots.words, procedures)], rows)
+
+
+def _procedures(records: Sequence[Record]) -> list[str]:
+    """List the procedures measured, in the order in which they first appear."""
+    return list(dict.fromkeys(p for record in records for p in record["win_rates"]))
+
+
+def _cell(numbers: Mapping[str, float] | None, form: str) -> str:
+    """Write a value with its interval, or a dash."""
+    if numbers is None:
+        return "-"
+    value, low, high = (form.format(numbers[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a Markdown table, columns aligned so that it also reads as plain text."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _frontier_figure(records: Sequence[Record]) -> Figure:
+    """Draw every policy under the theory's curves, which end a little beyond the largest KL."""
+    end = 1.15 * max(record["kl"]["high"] for record in records if record["kl"] is not None)
+    kls = (end * np.linspace(0.02, 1, 40) ** 2).tolist()  # closer where the curves are steep
+    rows = frontier_rows(_procedures(records), kls, records[0]["against"])
+    return plots.frontier_figure(rows, records, "Win rate at the KL paid for it, under the optimum")
+
+
+def _page(records: Sequence[Record], pictures: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Compose the page."""
+    first = records[0]
+    served = (
+        f"what {plots.words(first['against'])} serves" if first["against"] else "what it serves"
+    )
+    sections = {
+        "Evaluation": (
+            f"{first['n_prompts']} held-out prompts, {first['n_reference_draws']} draws of the "
+            f"reference policy and {first['n_draws']} of {first['name']}; {first['tied']:.1%} of "
+            f"their pairs have equal rewards. Brackets hold {first['confidence']:.0%} intervals by "
+            "bootstrap over prompts."
+        ),
+        "Inference-time win rate against the reference policy": (
+            f"{win_rate_table(records)}\n\nEach procedure's choice from the policy's draws against "
+            f"{served} from the reference policy's, over all subsets of the draws; ties count one "
+            "half."
+        ),
+        "Share of the attainable gain": (
+            f"{attainment_table(records)}\n\n1 is the exact optimum at the policy's own KL, 0 the "
+            "reference policy. A dash: the KL is not known, or may be 0."
+        ),
+    }
+    if len(records) > 1:
+        sections["Differences, paired by prompt"] = comparison_table(records)
+    if pictures:
+        shown = [f"![{_CAPTIONS[name]}]({name})\n\n{_CAPTIONS[name]}" for name in pictures]
+        sections["Figures"] = "\n\n".join(shown)
+    if settings:
+        sections["Settings"] = f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```"
+    return "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())[1:]

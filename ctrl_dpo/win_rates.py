@@ -1,0 +1,324 @@
+"""Inference-time win rates of two sets of draws, and their share of what is attainable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import integrate
+from scipy.interpolate import PchipInterpolator
+
+from ctrl_dpo._validation import check_finite, check_positive
+from ctrl_dpo.estimates import Estimate, bootstrap_interval, mean_over_prompts
+from ctrl_dpo.theory.policies import frontier
+from ctrl_dpo.theory.procedures import (
+    Procedure,
+    parse_procedure,
+)
+
+Rows = Iterable[ArrayLike]  # one sequence a prompt: the rows of a matrix, or of different lengths
+
+
+def inference_win_rate(
+    policy_rewards: Rows,
+    reference_rewards: Rows,
+    procedure: str | Procedure,
+    confidence: float = 0.95,
+    against: str | Procedure | None = None,
+    seed: int = 0,
+) -> Estimate:
+    r"""Estimate how often the policy beats the reference policy, a procedure applied to both sides.
+
+    With the sorted rewards ``a_1 <= a_2 <= ...`` of the policy and ``b_1 <= ...`` of the reference,
+
+    .. math::
+
+        \hat W = \sum_{i,j} w_i\, v_j \left( \mathbf 1[a_i > b_j]
+            + \tfrac12 \mathbf 1[a_i = b_j] \right),
+
+    where :math:`w_i` is the probability that the procedure, given a random subset of the draws,
+    serves the i-th smallest (:func:`selection_weights`), and :math:`v_j` is the reference's.
+
+    Parameters
+    ----------
+    policy_rewards : (n_prompts, m) array_like, or one sequence of rewards a prompt
+        Rewards of independent draws from the policy; any unit, only their order matters.
+    reference_rewards : (n_prompts, m_reference) array_like, or one sequence of rewards a prompt
+        Rewards of independent draws from the reference policy, same prompts in the same order.
+    procedure : str or Procedure
+        What is done with the policy's draws at use: ``"best_of_4"``, ``BestOfN(4)``.
+    confidence : float
+        Nominal coverage of the interval, in (0, 1).
+    against : str or Procedure, optional
+        Procedure on the reference side, where it is another one.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    Estimate
+        ``.value``, ``.low``, ``.high``, ``.standard_error`` and ``.per_prompt``, all fractions.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of prompts differ.
+
+    Notes
+    -----
+    It is the average over all pairs of subsets, so it is unbiased for every ``m >= N``, and uses
+    every draw. Swapping the sides maps W to 1 - W; a strictly increasing map of the rewards changes
+    nothing; best-of-N of the rewards mirrors worst-of-N of their negatives. The interval is
+    described in :func:`~ctrl_dpo.estimates.mean_over_prompts`. Cost is O(m log m) a prompt.
+
+    References
+    ----------
+    .. [1] Balashankar et al., "InfAlign", arXiv:2412.19792v5, section 2.
+    .. [2] Hoeffding, "A class of statistics with asymptotically normal distribution", 1948.
+
+    Examples
+    --------
+    >>> result = inference_win_rate([[1.0, 3.0], [0.0, 5.0]], [[2.0, 2.0], [2.0, 2.0]], "best_of_2")
+    >>> result.value, result.per_prompt.tolist()
+    (1.0, [1.0, 1.0])
+    """
+    policy = checked_rows("policy_rewards", policy_rewards)
+    reference = checked_rows("reference_rewards", reference_rewards)
+    if len(policy) != len(reference):
+        raise ValueError(
+            "policy_rewards and reference_rewards must cover the same prompts; got "
+            f"{len(policy)} and {len(reference)} rows."
+        )
+    mine, theirs = _both(procedure, against)
+    pairs = enumerate(zip(policy, reference, strict=True))
+    per_prompt = [_win_rate(a, b, mine, theirs, row) for row, (a, b) in pairs]
+    return mean_over_prompts(per_prompt, confidence, seed, "win rate")
+
+
+def _win_rate(
+    policy: NDArray[np.float64],
+    reference: NDArray[np.float64],
+    mine: Procedure,
+    theirs: Procedure,
+    row: int,
+) -> float:
+    """Return the win rate on one prompt."""
+    for name, draws, procedure in (
+        ("policy_rewards", policy, mine),
+        ("reference_rewards", reference, theirs),
+    ):
+        if draws.size < procedure.n_draws:
+            raise ValueError(
+                f"{name} must hold >= {procedure.n_draws} draws a prompt for {procedure}; got "
+                f"{draws.size} at row {row}. Draw more, or evaluate a smaller N."
+            )
+    ordered = np.sort(reference)
+    # weight of the reference rewards below each boundary of the sorted list
+    below = np.concatenate(([0.0], np.cumsum(selection_weights(theirs, reference.size))))
+    below[-1] = 1.0
+    mine_sorted = np.sort(policy)
+    beaten = below[np.searchsorted(ordered, mine_sorted, side="left")]
+    beaten_or_tied = below[np.searchsorted(ordered, mine_sorted, side="right")]
+    won = selection_weights(mine, policy.size) @ (beaten + beaten_or_tied) / 2
+    return min(float(won), 1.0)  # the weights sum to 1 up to rounding
+
+
+@lru_cache(maxsize=512)
+def selection_weights(procedure: Procedure, m: int) -> NDArray[np.float64]:
+    r"""Return how likely each of ``m`` sorted draws is the one a procedure serves.
+
+    The k-th best of a random ``n`` of ``m`` draws is the i-th smallest with probability
+
+    .. math:: w_i = \binom{i-1}{n-k} \binom{m-i}{k-1} \Big/ \binom{m}{n};
+
+    for best-of-N this is C(i-1, N-1) / C(m, N), and a mixture averages its parts' weights.
+
+    Parameters
+    ----------
+    procedure : Procedure
+        Inference-time procedure.
+    m : int
+        Number of draws; at least as many as the procedure looks at.
+
+    Returns
+    -------
+    (m,) ndarray of float64
+        Probabilities from the smallest draw to the largest, summing to 1; read-only.
+
+    Examples
+    --------
+    >>> selection_weights(parse_procedure("best_of_2"), 4).round(4)
+    array([0.    , 0.1667, 0.3333, 0.5   ])
+    """
+    total = np.zeros(m)
+    for share, k, n in procedure.order_statistics:
+        subsets = math.comb(m, n)
+        # integers until the last division, so that no binomial overflows or loses digits
+        counts = (math.comb(i, n - k) * math.comb(m - 1 - i, k - 1) for i in range(m))
+        total += share * np.array([count / subsets for count in counts])
+    total.setflags(write=False)
+    return total
+
+
+def checked_rows(name: str, rows: Rows) -> list[NDArray[np.float64]]:
+    """Return one float64 array a prompt.
+
+    Parameters
+    ----------
+    name : str
+        What errors call the numbers.
+    rows : (n_prompts, m) array_like, or one sequence a prompt
+        Finite numbers; prompts may have different numbers of draws.
+
+    Returns
+    -------
+    list of (m,) ndarray
+        The rows.
+
+    Raises
+    ------
+    ValueError
+        If there is no prompt, a prompt has no draw, or a number is not finite.
+    """
+    checked = [check_finite(f"{name}[{i}]", row, ndim=1) for i, row in enumerate(rows)]
+    if not checked:
+        raise ValueError(f"{name} must hold at least one prompt; got 0.")
+    for i, row in enumerate(checked):
+        if row.size == 0:
+            raise ValueError(f"{name} must hold at least one draw a prompt; got 0 at row {i}.")
+    return checked
+
+
+def attainment(
+    win_rate: float, kl: float, procedure: str | Procedure, against: str | Procedure | None = None
+) -> float:
+    r"""Return the share of the possible gain in inference-time win rate that a policy reached.
+
+    .. math:: \frac{W - W_0}{W^*(\mathrm{KL}) - W_0}
+
+    Parameters
+    ----------
+    win_rate : float
+        Measured inference-time win rate W, a fraction.
+    kl : float
+        Measured KL from the reference policy, nats per response, > 0.
+    procedure : str or Procedure
+        Inference-time procedure of the win rate.
+    against : str or Procedure, optional
+        Procedure on the reference side, where it is another one.
+
+    Returns
+    -------
+    float
+        1 on the exact frontier, 0 at the win rate :math:`W_0` of the untrained policy, which is 1/2
+        unless ``against`` differs from ``procedure``.
+
+    Raises
+    ------
+    ValueError
+        If ``win_rate`` is not in [0, 1], or no optimum has that KL.
+
+    Notes
+    -----
+    The frontier holds for continuous rewards. Where many rewards tie, no policy reaches it.
+
+    Examples
+    --------
+    >>> round(attainment(0.84013652, 0.37007211, "best_of_4"), 6)
+    1.0
+    """
+    if not 0 <= win_rate <= 1:
+        raise ValueError(f"win_rate must be in [0, 1]; got {win_rate!r}.")
+    start = untrained_win_rate(procedure, against)
+    (point,) = frontier(procedure, ["optimal"], [check_positive("kl", kl)], against)
+    if math.isnan(point.win_rate):
+        raise ValueError(f"kl must be one that an optimum of {procedure} has; got {kl!r}.")
+    return (win_rate - start) / (point.win_rate - start)
+
+
+def _both(
+    procedure: str | Procedure, against: str | Procedure | None
+) -> tuple[Procedure, Procedure]:
+    """Return the procedures of the policy's and of the reference's side."""
+    mine = parse_procedure(procedure)
+    return mine, mine if against is None else parse_procedure(against)
+
+
+def untrained_win_rate(procedure: str | Procedure, against: str | Procedure | None = None) -> float:
+    """Return the win rate of the reference policy itself, by theory.
+
+    Parameters
+    ----------
+    procedure : str or Procedure
+        Inference-time procedure.
+    against : str or Procedure, optional
+        Procedure on the other side, where it is another one.
+
+    Returns
+    -------
+    float
+        1/2 if the procedures are equal.
+
+    Examples
+    --------
+    >>> round(untrained_win_rate("best_of_4", against="single_draw"), 12)
+    0.8
+    """
+    mine, theirs = _both(procedure, against)
+    if mine == theirs:
+        return 0.5
+    lost, _ = integrate.quad(lambda u: float(mine.distortion(u) * theirs.density(u)), 0, 1)
+    return float(1 - lost)
+
+
+def attainment_interval(
+    win_rate: Estimate,
+    kl: Estimate,
+    procedure: str | Procedure,
+    against: str | Procedure | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, float] | None:
+    """Return the attainment with an interval, win rate and KL resampled together by prompt.
+
+    Parameters
+    ----------
+    win_rate, kl : Estimate
+        Results of :func:`inference_win_rate` and of ``kl_divergence`` on the same prompts.
+    procedure : str or Procedure
+        Inference-time procedure of the win rate.
+    against : str or Procedure, optional
+        Procedure on the reference side, where it is another one.
+    confidence : float
+        Nominal coverage of the interval, in (0, 1).
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    dict or None
+        ``value``, ``low`` and ``high``; None where the interval of the KL reaches 0, at which
+        attainment is 0/0.
+    """
+    if kl.low <= 0:
+        return None
+    start = untrained_win_rate(procedure, against)
+    above = 1 + 6 * kl.standard_error / kl.value
+    steps = np.concatenate((np.geomspace(1 / 32, 1, 13), np.geomspace(1, above, 5)))
+    points = frontier(procedure, ["optimal"], (kl.value * np.unique(steps)).tolist(), against)
+    kls, best = np.array([(p.kl, p.win_rate) for p in points if not math.isnan(p.win_rate)]).T
+    # the gain grows nearly as the root of the KL, so their ratio is smooth in the root
+    roots = np.sqrt(kls)
+    slope = PchipInterpolator(roots, (best - start) / roots)
+
+    def share(wins: NDArray[np.float64], kls: NDArray[np.float64], axis: int) -> Any:
+        root = np.sqrt(np.clip(kls.mean(axis=axis), roots[0] ** 2, roots[-1] ** 2))
+        return (wins.mean(axis=axis) - start) / (slope(root) * root)
+
+    samples = win_rate.per_prompt, kl.per_prompt
+    low, high = bootstrap_interval(samples, share, confidence, seed)
+    return {"value": float(share(*samples, axis=-1)), "low": low, "high": high}
