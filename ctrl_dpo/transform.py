@@ -10,15 +10,16 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from ctrl_dpo._validation import check_positive
+from ctrl_dpo.theory.discrete import optimal_discrete_policy
 from ctrl_dpo.theory.finite_sample import ESTIMATORS, transformed_rewards
 from ctrl_dpo.theory.optimum import optimal_policy
 from ctrl_dpo.theory.panels import Points
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
-from ctrl_dpo.theory.transformation import Transformation, as_transformation
+from ctrl_dpo.theory.transformation import Transformation, as_transformation, level_masses
 
 __all__ = [
     "ESTIMATORS",
@@ -214,6 +215,20 @@ class Optimal(Transformation):
             policy = optimal_policy(self.procedure, self.beta, self.against)
             return -float(policy.log_density(1.0))
         return super().log_normaliser(beta)
+
+    def on_levels(
+        self, reference_probs: ArrayLike, rewards: ArrayLike, beta: float
+    ) -> tuple[FloatArray, float]:
+        """Return the exact optimum for discrete rewards: see `optimal_discrete_policy`."""
+        policy = optimal_discrete_policy(
+            reference_probs, rewards, self.procedure, self.beta, self.against
+        )
+        if check_positive("beta", beta) == self.beta:
+            return policy.transformed_rewards, policy.log_normaliser
+        mass, level = level_masses(reference_probs, rewards)
+        values = np.empty(len(mass))
+        values[level] = policy.transformed_rewards
+        return policy.transformed_rewards, float(special.logsumexp(values / beta, b=mass))
 
     def __str__(self) -> str:
         """Return the name `parse_transformation` reads, given procedure and beta."""

@@ -20,7 +20,7 @@ from ctrl_dpo.theory.shooting import Equation, Trajectory
 
 FloatArray = NDArray[np.float64]
 
-_ITERATIONS = 40
+_ITERATIONS = 60
 _CONVERGED = 1e-9  # Newton's method squares the step, so the next one is at rounding level
 _LARGEST_STEP = 3.0  # nats of log p where the policy has mass
 _RESOLVED = 1e-12
@@ -37,6 +37,11 @@ class Solution:
     cdf: FloatArray
     log_density_edges: FloatArray
     cdf_edges: FloatArray
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The solution along its edges, as a start for another beta."""
+        return Trajectory(self.panels.edges, self.log_density_edges, self.cdf_edges, 0.0)
 
 
 def solve(equation: Equation, start: Trajectory) -> Solution | None:
@@ -70,7 +75,11 @@ def _newton(equation: Equation, guess: Solution) -> Solution | None:
     current = guess
     converged = False
     for _ in range(_ITERATIONS):
-        step = _step(equation, current)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                step = _step(equation, current)
+        except np.linalg.LinAlgError:  # overflowed: the start was too far off
+            return None
         size, scale = _scale(current, step)
         if not np.isfinite(size):
             return None
@@ -94,9 +103,9 @@ def _scale(current: Solution, step: Solution) -> tuple[float, float]:
     change = step.log_density
     # a rise may bring a node up to the peak; a fall is free where there is no mass anyway
     allowed = _LARGEST_STEP + np.where(change > 0, depth, 10.0 * np.maximum(depth - 5.0, 0.0))
-    share = float(np.min(allowed / np.maximum(np.abs(change), 1e-300)))
+    share = 1.0 / max(1.0, float(np.max(np.abs(change) / allowed)))
     size = np.abs(change) * np.exp(-np.maximum(depth - 5.0, 0.0))
-    return float(max(size.max(), np.abs(step.cdf).max())), min(1.0, share)
+    return float(max(size.max(), np.abs(step.cdf).max())), share
 
 
 def _step(equation: Equation, current: Solution) -> Solution:

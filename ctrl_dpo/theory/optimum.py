@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -12,11 +13,12 @@ from ctrl_dpo.theory.collocation import Solution, solve
 from ctrl_dpo.theory.density import CalibratedPolicy, assemble
 from ctrl_dpo.theory.panels import Panels, Points
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
-from ctrl_dpo.theory.shooting import Equation, stationary_starts
+from ctrl_dpo.theory.shooting import ROUGH, Equation, stationary_starts
 
 FloatArray = NDArray[np.float64]
 
 SMALLEST_BETA = 1e-150
+_FACTOR = 3.0  # between the betas of a continuation
 _LEFTMOST = -42.0  # logit below which the reference policy has mass 6e-19
 
 
@@ -102,17 +104,42 @@ def is_proved_unique(procedure: Procedure, against: Procedure) -> bool:
 
 @lru_cache(maxsize=1024)
 def _optimal(procedure: Procedure, against: Procedure, beta: float) -> CalibratedPolicy:
-    """Solve from every start and keep the best."""
+    """Keep the best of the stationary points."""
     equation = Equation(procedure, against, beta)
-    starts = stationary_starts(equation, is_proved_unique(procedure, against))
-    solutions = (solve(equation, start) for start in starts)
-    policies = [_as_policy(equation, each) for each in solutions if each is not None]
+    solutions = _stationary(equation, ROUGH) or _stationary(equation, ROUGH**2)
+    policies = [_as_policy(equation, each) for each in solutions or _continued(equation)]
     if not policies:
         raise ValueError(
             f"beta must allow an exact optimum; got {beta!r}, where Newton's method found none for "
             f"{procedure} against {against}. Use a larger beta."
         )
     return min(policies, key=lambda policy: policy.loss_rate + beta * policy.kl)
+
+
+def _stationary(equation: Equation, tolerance: float) -> list[Solution]:
+    """Return all stationary points a scan finds, or none if Newton's method missed one."""
+    unique = is_proved_unique(equation.procedure, equation.against)
+    starts = stationary_starts(equation, unique, tolerance)
+    solutions = [solve(equation, start) for start in starts]
+    found = [each for each in solutions if each is not None]
+    return found if len(found) == len(starts) else []
+
+
+def _continued(equation: Equation) -> list[Solution]:
+    """Follow the optimum down from a larger beta, where shooting lacks the digits of log p(1)."""
+    larger = replace(equation, beta=_FACTOR * equation.beta)
+    while not (solutions := _stationary(larger, ROUGH)):
+        larger = replace(larger, beta=_FACTOR * larger.beta)
+        if larger.beta > 1.0:
+            return []
+    solution = min(solutions, key=lambda each: -_as_policy(larger, each).objective)
+    while larger.beta > equation.beta * (1 + 1e-9):
+        larger = replace(larger, beta=max(larger.beta / _FACTOR, equation.beta))
+        following = solve(larger, solution.trajectory)
+        if following is None:
+            return []
+        solution = following
+    return [solution]
 
 
 def _as_policy(equation: Equation, solution: Solution) -> CalibratedPolicy:

@@ -16,7 +16,7 @@ from ctrl_dpo.theory.panels import Points
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 from ctrl_dpo.theory.transformation import as_transformation, normalise, standard_deviation
 
-_FIRST_STEP = 1.0  # in log beta; doubled until the budget is bracketed
+_FIRST_STEP = 0.3  # in log beta; tripled until the budget is bracketed
 _SEARCHED = 300.0
 _EXACT = 1e-9  # relative error of the KL beyond which no beta gives it: the KL jumps there
 
@@ -121,11 +121,11 @@ def match_kl(
     procedure = parse_procedure(procedure)
     against = procedure if against is None else parse_procedure(against)
     budget = _budget(transformation, procedure, against)
-    beta = budget.beta_at(kl)
-    if beta is None:
+    beta, reached = budget.nearest(kl)
+    if not _is_exact(reached, kl):
         raise ValueError(
-            f"kl must be one that the {budget.name} policy reaches; got {kl!r}, which no beta "
-            f"gives. Choose another KL or transformation."
+            f"kl must be one that the {budget.name} policy reaches; got {kl!r}; it gets no "
+            f"nearer than {reached:.6g}, at beta = {beta:.6g}. Choose another KL or transformation."
         )
     return beta
 
@@ -191,8 +191,8 @@ def frontier(
     for transformation in transformations:
         budget = _budget(transformation, procedure, against)
         for kl in kls:
-            beta = budget.beta_at(kl)
-            if beta is None:
+            beta, reached = budget.nearest(kl)
+            if not _is_exact(reached, kl):
                 rows.append(FrontierPoint(budget.name, kl, math.nan, math.nan))
                 continue
             rows.append(FrontierPoint(budget.name, kl, beta, budget.policy_at(beta).win_rate))
@@ -209,29 +209,36 @@ class _Budget:
     kl_at: Callable[[float], float]
     guess: float
 
-    def beta_at(self, kl: float) -> float | None:
-        """Return the beta of a KL, or None where no beta gives it."""
+    def nearest(self, kl: float) -> tuple[float, float]:
+        """Return the beta of a KL and the KL there; it differs where no beta gives it."""
 
         def gap(log_beta: float) -> float:
-            return math.log(max(self.kl_at(math.exp(log_beta)), 1e-300) / kl)
+            value = math.log(max(self.kl_at(math.exp(log_beta)), 1e-300) / kl)
+            return 0.0 if abs(value) < _EXACT / 10 else value  # brentq stops at an exact zero
 
-        bracket = self._bracket(gap)
-        if bracket is None:
-            return None
-        log_beta = float(optimize.brentq(gap, *bracket, xtol=1e-12, rtol=1e-13))
-        return math.exp(log_beta) if abs(gap(log_beta)) < _EXACT else None
+        low, high = self._bracket(gap)
+        log_beta = low
+        if gap(low) * gap(high) < 0:
+            log_beta = float(optimize.brentq(gap, low, high, xtol=1e-12, rtol=1e-13))
+        beta = math.exp(log_beta)
+        return beta, self.kl_at(beta)
 
-    def _bracket(self, gap: Callable[[float], float]) -> tuple[float, float] | None:
-        """Return log betas with a KL above and below the budget."""
+    def _bracket(self, gap: Callable[[float], float]) -> tuple[float, float]:
+        """Return log betas with a KL above and below the budget, or the last two tried."""
         near = math.log(self.guess)
         rising = gap(near) > 0
         step = _FIRST_STEP
         while step < _SEARCHED:
             far = near + step if rising else max(near - step, math.log(SMALLEST_BETA))
             if (gap(far) > 0) != rising:
-                return min(near, far), max(near, far)
-            near, step = far, 2 * step
-        return None
+                break
+            near, step = far, 3 * step
+        return min(near, far), max(near, far)
+
+
+def _is_exact(reached: float, kl: float) -> bool:
+    """Return whether a KL is the one asked for, to rounding."""
+    return abs(reached / kl - 1) < _EXACT
 
 
 def _budget(transformation: Any, procedure: Procedure, against: Procedure) -> _Budget:

@@ -20,8 +20,8 @@ from ctrl_dpo.theory.distortion import Procedure
 
 FloatArray = NDArray[np.float64]
 
-_TOLERANCE = 1e-4  # of the integrator; Newton's method makes the result exact afterwards
-_MISMATCH = 0.02  # log mass mismatch that is close enough for Newton's method
+ROUGH = 1e-4  # tolerance of the integrator; Newton's method makes the result exact afterwards
+_MISMATCH = 10.0  # log mass mismatch that is close enough, in tolerances of the integrator
 _SLOPE = 1e-3  # slope of log p in the logit below which the integration may start
 _LEFT = -14.0  # logit at which a trajectory that has not died out ends
 _DEAD = -32.0  # log of the mass left below u at which a trajectory ends
@@ -54,7 +54,7 @@ class Trajectory:
     mismatch: float
 
 
-def shoot(equation: Equation, log_top: float) -> Trajectory:
+def shoot(equation: Equation, log_top: float, tolerance: float = ROUGH) -> Trajectory:
     """Integrate from u = 1 down with p(1) = exp(log_top)."""
     h_density, g_density = equation.procedure.density_at, equation.against.density_at
     beta, exp, h_at_zero = equation.beta, math.exp, h_density(0.0, 1.0)
@@ -84,7 +84,7 @@ def shoot(equation: Equation, log_top: float) -> Trajectory:
         return -1 if log_above > _EXCESS or log_density + t < _DEAD else 0
 
     start = _start(equation, log_top)
-    solver = ode(derivative).set_integrator("dopri5", rtol=_TOLERANCE, atol=_TOLERANCE, nsteps=5000)
+    solver = ode(derivative).set_integrator("dopri5", rtol=tolerance, atol=tolerance, nsteps=5000)
     solver.set_solout(record)
     solver.set_initial_value([log_top - math.log1p(math.exp(start)), log_top], start)
     solver.integrate(_LEFT)
@@ -111,28 +111,32 @@ def _start(equation: Equation, log_top: float) -> float:
         t += 1.0
 
 
-def stationary_starts(equation: Equation, unique: bool) -> list[Trajectory]:
+def stationary_starts(
+    equation: Equation, unique: bool, tolerance: float = ROUGH
+) -> list[Trajectory]:
     """Return a trajectory close to each stationary point; one where it is known to be unique."""
-    bound = equation.log_density_bound + 1.0  # room for the error of a rough trajectory
-    if unique:
-        return [_close_in(equation, 0.0, bound)]
-    grid = np.linspace(0.0, bound, _SCAN)
-    signs = np.array([shoot(equation, log_top).mismatch > 0 for log_top in grid])
-    signs[0], signs[-1] = False, True
+    # one more than the bound leaves room for the error of a rough trajectory
+    bound = equation.log_density_bound + 1.0
+    grid = np.array([0.0, bound]) if unique else np.linspace(0.0, bound, _SCAN)
+    excess = [shoot(equation, log_top, tolerance).mismatch > 0 for log_top in grid[1:-1]]
+    signs = np.array([False, *excess, True])
     brackets = np.flatnonzero(signs[1:] != signs[:-1])
-    return [_close_in(equation, grid[i], grid[i + 1]) for i in brackets]
+    return [_close_in(equation, grid[i], grid[i + 1], tolerance) for i in brackets]
 
 
-def _close_in(equation: Equation, low: float, high: float) -> Trajectory:
+def _close_in(equation: Equation, low: float, high: float, tolerance: float) -> Trajectory:
     """Return a trajectory between two whose mismatches differ in sign."""
-    latest: list[Trajectory] = []
+    tried: list[Trajectory] = []
 
     def mismatch(log_top: float) -> float:
-        latest.append(shoot(equation, log_top))
-        value = latest[-1].mismatch
-        return 0.0 if 0 <= value < _MISMATCH else value  # brentq stops at an exact zero
+        tried.append(shoot(equation, log_top, tolerance))
+        value = tried[-1].mismatch
+        # brentq stops at an exact zero
+        return 0.0 if 0 <= value < _MISMATCH * tolerance else value
 
-    optimize.brentq(mismatch, low, high, xtol=1e-13, rtol=1e-15)
+    if mismatch(low) * mismatch(high) < 0:
+        optimize.brentq(mismatch, low, high, xtol=1e-13, rtol=1e-15)
     # too much mass, never too little: the flat bottom of a spiked density is then overestimated,
     # and Newton's method in log p comes down to it; from below the exponential would overshoot
-    return min((each for each in latest if each.mismatch >= 0), key=lambda each: each.mismatch)
+    enough = [each for each in tried if each.mismatch >= 0]
+    return min(enough or tried, key=lambda each: abs(each.mismatch))

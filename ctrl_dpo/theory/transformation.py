@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 from ctrl_dpo._validation import check_finite, check_positive
 from ctrl_dpo.theory.panels import Panels, Points, refined
@@ -71,6 +72,95 @@ class Transformation(ABC):
         """
         beta = check_positive("beta", beta)
         return normalise(self, beta)[1] + self.offset / beta
+
+    def on_levels(
+        self, reference_probs: ArrayLike, rewards: ArrayLike, beta: float
+    ) -> tuple[FloatArray, float]:
+        r"""Return the transformed rewards and log Z of one prompt whose rewards are discrete.
+
+        .. math:: \log Z = \log \sum_l q_l \exp(\Phi_l / \beta), \qquad \Phi_l = \Phi(C_l),
+
+        with C the calibrated reward of a level: the reference mass below plus half its own.
+
+        Parameters
+        ----------
+        reference_probs : (n,) array_like
+            Probability of each response under the reference policy, >= 0, sums to 1.
+        rewards : (n,) array_like
+            Finite rewards; equal ones tie.
+        beta : float
+            Strength of the KL penalty, > 0.
+
+        Returns
+        -------
+        transformed_rewards : (n,) ndarray
+            Phi of each response.
+        log_normaliser : float
+            log Z of this prompt.
+
+        Raises
+        ------
+        ValueError
+            If Phi is infinite at a level without reference mass at the bottom or the top.
+
+        Examples
+        --------
+        >>> from ctrl_dpo import Identity
+        >>> transformed, log_normaliser = Identity().on_levels([0.75, 0.25], [0, 1], beta=0.5)
+        >>> print(transformed, round(log_normaliser, 6))
+        [0.375 0.875] 1.107374
+        """
+        mass, level = level_masses(reference_probs, rewards)
+        calibrated = np.minimum(np.cumsum(mass) - mass / 2, 1.0)
+        values = self(calibrated)
+        if not np.isfinite(values).all():
+            worst = float(calibrated[~np.isfinite(values)][0])
+            raise ValueError(
+                f"rewards must all have reference mass where {self} is infinite; got a level at "
+                f"calibrated reward {worst!r} without."
+            )
+        beta = check_positive("beta", beta)
+        return values[level], float(special.logsumexp(values / beta, b=mass))
+
+
+def level_masses(
+    reference_probs: ArrayLike, rewards: ArrayLike
+) -> tuple[FloatArray, NDArray[np.intp]]:
+    """Return the reference mass of each distinct reward, rising, and each response's level.
+
+    Parameters
+    ----------
+    reference_probs : (n,) array_like
+        Probabilities, >= 0, sum 1 to within 1e-8.
+    rewards : (n,) array_like
+        Finite rewards.
+
+    Returns
+    -------
+    masses : (n_levels,) ndarray
+        Sums to 1.
+    level : (n,) ndarray of int
+        Index into ``masses``.
+
+    Raises
+    ------
+    ValueError
+        If shapes differ, a probability is negative, or they do not sum to 1.
+    """
+    q = check_finite("reference_probs", reference_probs, ndim=1)
+    r = check_finite("rewards", rewards, ndim=1)
+    if len(q) == 0 or len(q) != len(r):
+        raise ValueError(
+            f"reference_probs must be one per reward, at least one; got {len(q)} for {len(r)}."
+        )
+    if (q < 0).any():
+        raise ValueError(f"reference_probs must be >= 0; got {float(q.min())!r}.")
+    if abs(q.sum() - 1) > 1e-8:
+        raise ValueError(f"reference_probs must sum to 1; got a sum of {float(q.sum())!r}.")
+    values, level = np.unique(r, return_inverse=True)
+    mass = np.zeros(len(values))
+    np.add.at(mass, level, q / q.sum())
+    return mass, level
 
 
 @dataclass(frozen=True)
