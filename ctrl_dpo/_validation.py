@@ -15,7 +15,7 @@ def check_positive(name: str, value: object) -> float:
     """Return ``value`` as a float, or raise unless it is finite and above zero."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number > 0; got {value!r}.")
-    if not (math.isfinite(value) and value > 0):
+    if not (math.isfinite(value) and float(value) > 0):
         raise ValueError(f"{name} must be finite and > 0; got {value!r}.")
     return float(value)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
@@ -15,15 +16,18 @@ from ctrl_dpo._validation import check_columns, check_integer
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.folders import StageFolder, read_rows, read_shards
 from ctrl_dpo.data.tokens import prompt_tokens
+from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.generation import (
     Draws,
     Sampler,
     draw_responses,
     end_tokens,
-    use_decode_attention,
 )
 from ctrl_dpo.engine.identity import model_identity
+from ctrl_dpo.engine.kv_cache import use_decode_attention, use_training_attention
+from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import load_policy, load_tokenizer, prepare_for_generation
+from ctrl_dpo.engine.reference import reference_logps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -182,7 +186,18 @@ class _Drawing:
         return texts
 
     def _logps(self, ids: list[list[int]], draws: list[Draws]) -> dict[str, list[list[float]]]:
-        raise NotImplementedError
+        """Compute each draw under policy and reference, in one row layout for both."""
+        made: dict[str, list[list[float]]] = {columns.POLICY_LOGPS: [], columns.REFERENCE_LOGPS: []}
+        # the stock attention of training: that of decoding is made for one position at a time
+        use_training_attention(self.model)
+        for prompt, drawn in zip(ids, draws, strict=True):
+            group = {"prompt_ids": prompt, "response_ids": drawn.response_ids}
+            batch = {k: v.to(self.model.device) for k, v in collate([group]).items()}
+            with torch.no_grad():
+                made[columns.POLICY_LOGPS].append(response_logps(self.model, batch).tolist())
+            made[columns.REFERENCE_LOGPS].append(reference_logps(self.model, batch).tolist())
+        use_decode_attention(self.model)
+        return made
 
 
 def _prompts_hash(ids: Sequence[Sequence[int]]) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class StageFolder:
     inputs : dict of str to str
         Content hash of each input, see :func:`content_hash`.
     n_shards : int
-        Number of shards the rows are split into.
+        Number of shards the rows are split into; 0 for a stage that writes files of its own.
     """
 
     path: Path
@@ -91,7 +91,7 @@ class StageFolder:
                 f"output must be a new folder or one of this run; got {str(self.path)!r}, which "
                 f"holds files but no {RECORD}. Name another folder."
             )
-        (self.path / "data").mkdir(parents=True, exist_ok=True)
+        (self.path / "data" if self.n_shards else self.path).mkdir(parents=True, exist_ok=True)
         self._write_record({"complete": False})
         return self
 
@@ -146,9 +146,11 @@ class StageFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Mark the stage complete and keep what it reports about itself."""
-        hashes = [file_hash(self.shard_path(i)) for i in range(self.n_shards)]
-        content = hashlib.sha256("".join(hashes).encode()).hexdigest()
-        self._write_record({"complete": True, "content_hash": content, "summary": dict(summary)})
+        extra: dict[str, Any] = {"complete": True, "summary": dict(summary)}
+        if self.n_shards:
+            hashes = [file_hash(self.shard_path(i)) for i in range(self.n_shards)]
+            extra["content_hash"] = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self._write_record(extra)
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -266,3 +268,27 @@ def _flush(path: Path) -> None:
     """Force a file to disk before it is renamed into place."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def run_once(folder: StageFolder, make: Callable[[], tuple[Dataset, Mapping[str, Any]]]) -> bool:
+    """Make a stage of one shard, unless an earlier call finished it.
+
+    Parameters
+    ----------
+    folder : StageFolder
+        Where the rows go, not yet opened.
+    make : callable
+        Returns the rows and what the stage reports about itself.
+
+    Returns
+    -------
+    bool
+        Whether there was anything to do.
+    """
+    folder.open()
+    if folder.is_complete:
+        return False
+    rows, summary = make()
+    folder.write_shard(0, rows)
+    folder.finish(summary)
+    return True

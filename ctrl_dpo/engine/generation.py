@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ctrl_dpo._validation import check_integer, check_positive
-from ctrl_dpo.engine.kv_cache import ATTENTION, block_cache
+from ctrl_dpo.engine.kv_cache import block_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -280,8 +280,3 @@ def _collect(
             sampler_logps=sums[start : start + sampler.draws],
             finished=[row[-1] in end_ids for row in chosen],
         )
-
-
-def use_decode_attention(model: Any) -> None:
-    """Switch a model to the attention of :mod:`ctrl_dpo.engine.kv_cache`."""
-    model.set_attn_implementation(ATTENTION)

@@ -136,5 +136,19 @@ def decode_attention(
     return (weights @ value).view(rows, 1, heads, value.shape[-1]), None
 
 
+def use_decode_attention(model: Any) -> None:
+    """Switch a model to :func:`decode_attention`."""
+    _base(model).set_attn_implementation(ATTENTION)
+
+
+def use_training_attention(model: Any) -> None:
+    """Switch a model back to the attention it is trained with."""
+    _base(model).set_attn_implementation("sdpa")
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 AttentionInterface.register(ATTENTION, decode_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)

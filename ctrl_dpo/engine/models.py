@@ -72,7 +72,7 @@ def load_model(
     if folder.is_dir() and not (folder / "config.json").exists() and list(folder.glob("*.gguf")):
         raise ValueError(
             f"model must be a folder with config.json and safetensors; got {str(name)!r}, which "
-            "holds a GGUF file. Convert it once: from_pretrained(gguf_file=...), then save_pretrained."
+            "holds a GGUF file. Convert it once: from_pretrained(gguf_file=), then save_pretrained."
         )
     place = torch.device(device) if device is not None else default_device()
     options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": "sdpa"}

@@ -12,8 +12,8 @@ from ctrl_dpo.engine.generation import (
     Sampler,
     draw_responses,
     end_tokens,
-    use_decode_attention,
 )
+from ctrl_dpo.engine.kv_cache import use_decode_attention
 
 PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71]]
 

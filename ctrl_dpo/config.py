@@ -1,0 +1,107 @@
+"""Settings of training: transformers' arguments plus what this method needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ctrl_dpo._validation import check_choice, check_integer, check_positive
+from ctrl_dpo.engine.models import DTYPES
+from ctrl_dpo.theory.procedures import parse_procedure
+
+LOSSES = ("squared", "soft_label", "softmax", "dpo", "ipo")
+HARD_LABEL_LOSSES = ("dpo", "ipo")
+
+
+def _doc(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class CTRLDPOConfig(TrainingArguments):
+    """``transformers.TrainingArguments`` with the settings of inference-aware training.
+
+    Examples
+    --------
+    >>> config = CTRLDPOConfig("out", procedure="best_of_4", target_kl=1.0)
+    >>> config.loss, config.anchor, config.logging_nan_inf_filter
+    ('squared', 0.0, False)
+    """
+
+    loss: str = _doc(
+        "squared, softmax or soft_label fit the log-ratios to their targets; dpo and ipo use only "
+        "the order of the responses.",
+        "squared",
+    )
+    beta: float | None = _doc(
+        "Strength of the KL penalty. From the relabelled dataset, or solved from target_kl, where "
+        "not given; required for dpo and ipo.",
+        None,
+    )
+    anchor: float = _doc(
+        "Weight of the group mean in the squared loss: 0 is contrastive, 1 pins every response's "
+        "log-ratio (QRPO's regression).",
+        0.0,
+    )
+    procedure: str | None = _doc(
+        "How the trained policy will be used, such as best_of_4: relabels unlabelled groups, and "
+        "is checked against relabelled ones.",
+        None,
+    )
+    transformation: str = _doc("Transformation of calibrated rewards, when relabelling.", "optimal")
+    target_kl: float | None = _doc("KL budget in nats per response, when relabelling.", None)
+    max_prompt_length: int | None = _doc(
+        "Limit in tokens; longer prompts keep their end, and are counted.", None
+    )
+    max_response_length: int | None = _doc(
+        "Limit in tokens; longer responses are cut and lose their end token, and are counted.", None
+    )
+    share_prompt: bool = _doc("Compute a prompt once for all its responses.", True)
+    load_in_8bit: bool = _doc("Hold the base model's linear layers in int8 (bitsandbytes).", False)
+    model_dtype: str = _doc("Type of weights and activations of a model given by name.", "bfloat16")
+    reference_cache: str | None = _doc(
+        "Folder of reference log-probabilities; default: in the output folder.", None
+    )
+
+    # what differs from transformers' own defaults, and why
+    learning_rate: float = _doc("Step size of the optimiser; this default suits LoRA.", 2e-4)
+    logging_nan_inf_filter: bool = _doc("Off: a loss of NaN must not be logged as 0.", False)
+    remove_unused_columns: bool = _doc("Off: the collator needs every column.", False)
+    logging_steps: float = _doc("Log every so many updates.", 10)
+    optim: str = _doc("Optimiser; adamw_8bit by default with load_in_8bit.", "")
+
+    def __post_init__(self) -> None:
+        """Check the settings, and their conflicts, before anything is loaded."""
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("model_dtype", self.model_dtype, DTYPES)
+        for name in ("beta", "target_kl"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        for name in ("max_prompt_length", "max_response_length"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
+        check_positive("learning_rate", self.learning_rate)
+        if self.procedure is not None:
+            self.procedure = str(parse_procedure(self.procedure))
+        self._check_conflicts()
+        if not self.optim:
+            self.optim = "adamw_8bit" if self.load_in_8bit else "adamw_torch"
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+            self.dataloader_pin_memory = False
+        super().__post_init__()
+
+    def _check_conflicts(self) -> None:
+        if self.anchor < 0:
+            raise ValueError(f"anchor must be >= 0; got {self.anchor!r}.")
+        if self.anchor > 0 and self.loss != "squared":
+            raise ValueError(f"anchor must be 0 unless loss is squared; got loss={self.loss!r}.")
+        if self.beta is not None and self.target_kl is not None:
+            raise ValueError(
+                f"beta and target_kl exclude each other; got {self.beta!r} and {self.target_kl!r}."
+            )
+        if self.loss in HARD_LABEL_LOSSES and self.beta is None:
+            raise ValueError(f"beta must be given for loss={self.loss!r}; got None. Try 0.1.")

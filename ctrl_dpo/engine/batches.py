@@ -1,0 +1,102 @@
+"""Batches of groups: one row holds a prompt and all its responses, each token computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+PADDING = -1
+
+
+def collate(
+    groups: Sequence[Mapping[str, Any]], share_prompt: bool = True
+) -> dict[str, torch.Tensor]:
+    """Lay tokenised groups out as rows of one batch.
+
+    Parameters
+    ----------
+    groups : sequence of mapping
+        ``prompt_ids`` (list of int), ``response_ids`` (list of list of int), and lists of one
+        number per response: ``targets``, and ``reference_logps`` where they are known.
+    share_prompt : bool
+        One row per group, in which a response sees the prompt and itself; else one per response.
+
+    Returns
+    -------
+    dict of str to Tensor
+        ``input_ids``, ``position_ids`` and ``segments`` ``(rows, s)``: segment 0 is the prompt,
+        ``i + 1`` a response, -1 padding. For the response tokens of all rows in order:
+        ``predictors`` ``(n_tokens,)``, the flat place whose output predicts the token,
+        ``token_ids`` and ``owners``, the response it belongs to. For the responses in order:
+        ``group_of``, ``slot_of`` ``(n_responses,)`` and the given numbers.
+    """
+    rows = _rows(groups, share_prompt)
+    laid = [_lay_out(prompt, responses) for prompt, responses in rows]
+    width = max(len(row["ids"]) for row in laid)
+    batch = {
+        "input_ids": torch.zeros(len(laid), width, dtype=torch.long),
+        "position_ids": torch.zeros(len(laid), width, dtype=torch.long),
+        "segments": torch.full((len(laid), width), PADDING),
+    }
+    predictors, owners, n_responses = [], [], 0
+    for place, row in enumerate(laid):
+        length = len(row["ids"])
+        batch["input_ids"][place, :length] = torch.tensor(row["ids"])
+        batch["position_ids"][place, :length] = torch.tensor(row["positions"])
+        batch["segments"][place, :length] = torch.tensor(row["segments"])
+        predictors += [place * width + p for p in row["predictors"]]
+        owners += [n_responses + o for o in row["owners"]]
+        n_responses += 1 + row["owners"][-1]
+    batch["predictors"] = torch.tensor(predictors)
+    batch["token_ids"] = torch.tensor([t for g in groups for r in g["response_ids"] for t in r])
+    batch["owners"] = torch.tensor(owners)
+    sizes = [len(g["response_ids"]) for g in groups]
+    batch["group_of"] = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(sizes))
+    batch["slot_of"] = torch.cat([torch.arange(n) for n in sizes])
+    for column in ("targets", "reference_logps"):
+        if groups[0].get(column) is not None:
+            batch[column] = torch.tensor([float(x) for g in groups for x in g[column]])
+    return batch
+
+
+def visible(segments: torch.Tensor) -> torch.Tensor:
+    """Return the ``(rows, 1, s, s)`` mask: True where a token may see another.
+
+    Parameters
+    ----------
+    segments : (rows, s) Tensor
+        0 for the prompt, one number per response, -1 for padding.
+
+    Returns
+    -------
+    (rows, 1, s, s) bool Tensor
+        Causal within the prompt and within a response; responses see the prompt.
+    """
+    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
+    causal = torch.ones(segments.shape[1], segments.shape[1], device=segments.device).tril().bool()
+    # padding sees itself: a row of the mask without any True would give NaN
+    return (((key == 0) | (key == query)) & causal).unsqueeze(1)
+
+
+def _rows(
+    groups: Sequence[Mapping[str, Any]], share_prompt: bool
+) -> list[tuple[list[int], list[list[int]]]]:
+    if share_prompt:
+        return [(g["prompt_ids"], g["response_ids"]) for g in groups]
+    return [(g["prompt_ids"], [r]) for g in groups for r in g["response_ids"]]
+
+
+def _lay_out(prompt: list[int], responses: list[list[int]]) -> dict[str, list[int]]:
+    """Lay one row out; the last token of a response predicts nothing and is left out."""
+    row = {"ids": list(prompt), "positions": list(range(len(prompt)))}
+    row |= {"segments": [0] * len(prompt), "predictors": [], "owners": []}
+    for number, response in enumerate(responses):
+        start, inputs = len(row["ids"]), response[:-1]
+        row["predictors"] += [len(prompt) - 1, *range(start, start + len(inputs))]
+        row["owners"] += [number] * len(response)
+        row["ids"] += inputs
+        row["positions"] += range(len(prompt), len(prompt) + len(inputs))
+        row["segments"] += [number + 1] * len(inputs)
+    return row

@@ -1,0 +1,210 @@
+"""Dataset rows -> tokenised groups with targets: what the trainer's batches are made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
+from ctrl_dpo.data import columns
+from ctrl_dpo.data.tokens import TokenizedGroup, count_tokens, tokenize_group
+from ctrl_dpo.relabel import relabel
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+_RELABEL = "Run `ctrl-dpo relabel` first, or set procedure and target_kl in the configuration."
+
+
+def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
+    """Return the dataset with targets, relabelling scored groups by the configuration.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Relabelled groups, scored groups, pairs with ``margin``, or plain pairs.
+    config : CTRLDPOConfig
+        Its ``procedure``, ``transformation``, ``beta`` and ``target_kl`` relabel scored groups.
+
+    Returns
+    -------
+    Dataset
+        Groups with ``transformed_rewards``, or pairs.
+
+    Raises
+    ------
+    ValueError
+        If the dataset is empty, of no known form, or lacks what the loss needs.
+    """
+    names = dataset.column_names
+    if len(dataset) == 0:
+        raise ValueError("train_dataset must have at least one row; got 0.")
+    if columns.CHOSEN in names and columns.REJECTED in names:
+        if columns.MARGIN not in names and config.loss not in HARD_LABEL_LOSSES:
+            raise ValueError(
+                f"pairs must have a column 'margin' for loss={config.loss!r}; got {sorted(names)}. "
+                "Relabel scored groups and export pairs, or use loss='dpo'."
+            )
+        return dataset
+    if columns.TRANSFORMED_REWARDS in names:
+        return dataset
+    if columns.RESPONSES not in names or columns.REWARDS not in names:
+        raise ValueError(
+            "train_dataset must hold groups (prompt, responses, rewards) or pairs (prompt, chosen, "
+            f"rejected); got {sorted(names)}. See the README's data format."
+        )
+    if config.procedure is None:
+        raise ValueError(f"procedure must be given for unlabelled groups; got None. {_RELABEL}")
+    return relabel(
+        dataset,
+        procedure=config.procedure,
+        transformation=config.transformation,
+        beta=config.beta,
+        target_kl=config.target_kl,
+    )
+
+
+def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
+    """Return the one beta of dataset and configuration, or raise where they differ.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        From :func:`labelled`.
+    config : CTRLDPOConfig
+        May name ``beta``, ``procedure`` and ``target_kl``.
+
+    Returns
+    -------
+    float
+        Strength of the KL penalty.
+
+    Raises
+    ------
+    ValueError
+        If the dataset was relabelled for several betas, or for another beta or procedure.
+    """
+    hard = config.loss in HARD_LABEL_LOSSES
+    if hard and config.beta is not None:
+        return config.beta  # the baseline's own; only the order of its pairs is used
+    for column, wanted in ((columns.PROCEDURE, config.procedure), (columns.BETA, config.beta)):
+        found = dataset.unique(column) if column in dataset.column_names else []
+        if len(found) > 1:
+            raise ValueError(
+                f"{column} must be one for the whole dataset; got {sorted(found)[:4]}. Relabel it."
+            )
+        same = not found or wanted is None or found[0] == wanted
+        if isinstance(wanted, float) and found:
+            same = abs(found[0] - wanted) <= 1e-6 * wanted
+        if not same:
+            raise ValueError(
+                f"{column} must be that of the relabelled dataset, {found[0]!r}; got {wanted!r}. "
+                "Relabel the data for it, or leave it out of the configuration."
+            )
+    if columns.BETA in dataset.column_names:
+        return float(dataset[0][columns.BETA])
+    if config.beta is None:
+        raise ValueError("beta must be given, since the dataset has no column 'beta'; got None.")
+    return config.beta
+
+
+def training_rows(
+    dataset: Dataset, tokenizer: Any, config: CTRLDPOConfig, beta: float
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Tokenise a labelled dataset.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        From :func:`labelled`.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        The model's tokenizer.
+    config : CTRLDPOConfig
+        Its length limits, loss and anchor.
+    beta : float
+        From :func:`resolve_beta`.
+
+    Returns
+    -------
+    rows : list of dict
+        ``prompt_ids``, ``response_ids``, ``targets`` (nats) and, where the dataset has them,
+        ``reference_logps``.
+    counts : dict of str to int
+        Rows in, kept and dropped, and what tokenisation did.
+
+    Raises
+    ------
+    ValueError
+        If no row is left.
+    """
+    rows, tokenised, dropped = [], [], 0
+    for row in dataset:
+        group = _group(row, beta)
+        if len(group["responses"]) < 2 and config.anchor == 0:
+            dropped += 1  # a contrastive loss has nothing to compare
+            continue
+        tokens = _tokenise(group, tokenizer, config)
+        tokenised.append(tokens)
+        rows.append(
+            {
+                "prompt_ids": tokens.prompt_ids,
+                "response_ids": tokens.response_ids,
+                "targets": group["targets"],
+                "reference_logps": group.get(columns.REFERENCE_LOGPS),
+            }
+        )
+    if not rows:
+        raise ValueError(
+            f"train_dataset must have a group of two responses or more; got {dropped} groups of "
+            "one. Draw more responses, or set anchor > 0."
+        )
+    counts = {"rows": len(dataset), "dropped_single_response": dropped} | count_tokens(tokenised)
+    logger.info("training rows: %s", counts)
+    return rows, counts
+
+
+def _tokenise(group: Mapping[str, Any], tokenizer: Any, config: CTRLDPOConfig) -> TokenizedGroup:
+    return tokenize_group(
+        tokenizer,
+        group["prompt"],
+        group["responses"],
+        response_ids=group.get(columns.RESPONSE_IDS),
+        finished=group.get(columns.FINISHED),
+        max_prompt_length=config.max_prompt_length,
+        max_response_length=config.max_response_length,
+    )
+
+
+def _group(row: Mapping[str, Any], beta: float) -> dict[str, Any]:
+    """Bring a group or a pair into one form: responses with their target log-ratios."""
+    if columns.CHOSEN not in row:
+        shift = row[columns.LOG_NORMALISER]
+        targets = [phi / beta - shift for phi in row[columns.TRANSFORMED_REWARDS]]
+        return {**row, "targets": targets}
+    margin = row.get(columns.MARGIN)
+    group = {
+        "prompt": row["prompt"],
+        "responses": [_text(row[columns.CHOSEN]), _text(row[columns.REJECTED])],
+        # only the difference counts; a plain pair's is 1, of which only the sign is used
+        "targets": [(1.0 if margin is None else margin) / beta, 0.0],
+    }
+    if row.get(columns.CHOSEN_IDS) is not None:
+        group[columns.RESPONSE_IDS] = [row[columns.CHOSEN_IDS], row[columns.REJECTED_IDS]]
+    if row.get(columns.CHOSEN_FINISHED) is not None:
+        group[columns.FINISHED] = [row[columns.CHOSEN_FINISHED], row[columns.REJECTED_FINISHED]]
+    return group
+
+
+def _text(response: Any) -> str:
+    """Return a response's text; a conversational one is a single assistant message."""
+    if isinstance(response, str):
+        return response
+    if len(response) != 1 or response[0].get("role") != "assistant":
+        raise ValueError(
+            f"a conversational response must be one assistant message; got {response!r}. Move "
+            "earlier messages to the prompt."
+        )
+    return str(response[0]["content"])

@@ -1,0 +1,131 @@
+"""The sample stage over a dataset: columns, shards, interruption, refusals."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset
+from tiny import tiny_llama, tiny_tokenizer
+
+from ctrl_dpo import sample as sample_module
+from ctrl_dpo.data.folders import read_record, read_shards
+from ctrl_dpo.engine.generation import Sampler
+from ctrl_dpo.sample import sample
+
+SAMPLER = Sampler(draws=3, max_new_tokens=6, seed=4)
+TEXTS = ["one", "a second one", "three", "the fourth of them", "five", "one"]
+
+
+def prompts() -> Dataset:
+    return Dataset.from_list(
+        [{"id": i, "prompt": [{"role": "user", "content": t}]} for i, t in enumerate(TEXTS)]
+    )
+
+
+def run(output=None, sampler=SAMPLER, **options) -> Dataset:
+    return sample(
+        prompts(),
+        tiny_llama(),
+        sampler,
+        tokenizer=tiny_tokenizer(),
+        output=output,
+        shard_prompts=2,
+        batch_rows=6,
+        **options,
+    )
+
+
+def test_columns_agree_with_one_another():
+    rows = run()
+    tokenizer = tiny_tokenizer()
+    assert rows["id"] == list(range(6))
+    for row in rows:
+        assert len(row["responses"]) == SAMPLER.draws == len(row["sampler_logps"])
+        for text, ids, finished in zip(
+            row["responses"], row["response_ids"], row["finished"], strict=True
+        ):
+            assert text == tokenizer.decode(ids, skip_special_tokens=True)
+            assert finished == (ids[-1] == tokenizer.eos_token_id)
+            assert len(ids) == SAMPLER.max_new_tokens or finished
+
+
+def test_an_interrupted_run_goes_on_and_gives_what_an_uninterrupted_one_gives(
+    tmp_path, monkeypatch
+):
+    whole = run(tmp_path / "whole")
+    drawn: list[int] = []
+    original = sample_module.draw_responses
+
+    def failing(model, ids, *rest):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(len(ids))
+        return original(model, ids, *rest)
+
+    monkeypatch.setattr(sample_module, "draw_responses", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts")
+    assert len(read_shards(tmp_path / "parts")) == 4
+    drawn.clear()
+    resumed = run(tmp_path / "parts")
+    assert drawn == [2]  # only the shard that was missing
+    assert resumed.to_list() == whole.to_list()
+    assert read_record(tmp_path / "parts")["content_hash"] == (
+        read_record(tmp_path / "whole")["content_hash"]
+    )
+    drawn.clear()
+    run(tmp_path / "parts")
+    assert drawn == []
+
+
+def test_the_record_says_what_was_drawn_and_how(tmp_path):
+    run(tmp_path / "out", Sampler(draws=3, max_new_tokens=6, temperature=0.5, seed=9))
+    record = read_record(tmp_path / "out")
+    assert record["settings"]["temperature"] == 0.5
+    assert record["settings"]["seed"] == 9
+    assert record["summary"]["prompts"] == 6
+    assert record["summary"]["responses"] == 18
+
+
+def test_equal_prompts_have_draws_of_their_own():
+    rows = run()
+    assert rows[0]["prompt"] == rows[5]["prompt"]
+    assert rows[0]["response_ids"] != rows[5]["response_ids"]
+
+
+def test_the_folder_of_another_seed_is_refused(tmp_path):
+    run(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"where settings\.seed is 4, not 5"):
+        run(tmp_path / "out", Sampler(draws=3, max_new_tokens=6, seed=5))
+
+
+def test_another_model_is_refused(tmp_path):
+    run(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"where inputs\.model is"):
+        sample(
+            prompts(),
+            tiny_llama(seed=1),
+            SAMPLER,
+            tokenizer=tiny_tokenizer(),
+            output=tmp_path / "out",
+            batch_rows=6,
+            shard_prompts=2,
+        )
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], r"prompts must have at least one row; got 0"),
+        ([{"question": "?"}], r"column 'prompt' is missing .* found \['question'\]"),
+        ([{"prompt": "x" * 600}], r"at most 506 tokens \(context 512 .* got 600 at row 0"),
+    ],
+)
+def test_bad_prompts_are_refused_before_anything_is_drawn(rows, message):
+    data = Dataset.from_list(rows) if rows else Dataset.from_dict({"prompt": []})
+    with pytest.raises(ValueError, match=message):
+        sample(data, tiny_llama(), SAMPLER, tokenizer=tiny_tokenizer())
+
+
+def test_log_ratios_need_a_reference_policy():
+    with pytest.raises(ValueError, match=r"policy with an adapter; got LlamaForCausalLM"):
+        run(log_ratios=True)
