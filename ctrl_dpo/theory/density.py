@@ -147,12 +147,13 @@ def assemble(
 
 def kl_of(log_density: FloatArray, panels: Panels) -> float:
     """Return KL in nats from a log-density at the nodes."""
+    points = panels.points
+    mass = np.exp(log_density + points.log_jacobian)
     # p log p - p + 1 is never negative: nothing cancels for a policy close to the reference policy
-    density = np.exp(log_density)
-    excess = np.where(density > 0, density * np.maximum(log_density, -1e300), 0.0)
-    with np.errstate(over="ignore"):
-        excess = excess - np.expm1(log_density)
-    return float(panels.integral(excess * panels.points.jacobian))
+    moderate = np.clip(log_density, -1.0, 1.0)
+    close = points.jacobian * (np.exp(moderate) * moderate - np.expm1(moderate))
+    far = mass * (np.maximum(log_density, -1e300) - 1.0) + points.jacobian
+    return float(panels.integral(np.where(log_density == moderate, close, far)))
 
 
 def _cdf_at_nodes(log_density: PointFunction, panels: Panels) -> FloatArray:

@@ -14,8 +14,15 @@ from ctrl_dpo.theory.density import CalibratedPolicy, FloatArray, assemble, kl_o
 from ctrl_dpo.theory.optimum import SMALLEST_BETA, optimal_policy
 from ctrl_dpo.theory.panels import Points
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
-from ctrl_dpo.theory.transformation import as_transformation, normalise, standard_deviation
+from ctrl_dpo.theory.transformation import (
+    UserFunction,
+    as_transformation,
+    normalise,
+    standard_deviation,
+)
 
+_SIDE = 1e-6
+_UNRESOLVED = 1e-9
 _FIRST_STEP = 0.3  # in log beta; tripled until the budget is bracketed
 _SEARCHED = 300.0
 _EXACT = 1e-9  # relative error of the KL beyond which no beta gives it: the KL jumps there
@@ -46,6 +53,11 @@ def policy_of(
     -------
     CalibratedPolicy
         With ``win_rate``, ``kl`` (nats), ``cdf(u)`` and ``log_density(u)``.
+
+    Raises
+    ------
+    ValueError
+        If a callable's policy lies closer to u = 1 than floats can tell.
 
     Warns
     -----
@@ -78,7 +90,14 @@ def policy_of(
     def log_density(points: Points) -> FloatArray:
         return given.score(points) / beta - shift
 
-    return assemble(log_density, panels, procedure, against, beta)
+    policy = assemble(log_density, panels, procedure, against, beta)
+    unresolved = 1.0 - float(policy.cdf(1.0 - 2.0**-53))
+    if isinstance(given, UserFunction) and unresolved > _UNRESOLVED:
+        raise ValueError(
+            f"beta must leave the policy of a function of u off the last float below u = 1; got "
+            f"beta = {beta!r}, with a share of {unresolved:.3g} there. Use a larger beta."
+        )
+    return policy
 
 
 def match_kl(
@@ -123,9 +142,10 @@ def match_kl(
     budget = _budget(transformation, procedure, against)
     beta, reached = budget.nearest(kl)
     if not _is_exact(reached, kl):
+        sides = sorted(budget.kl_at(beta * side) for side in (1 - _SIDE, 1 + _SIDE))
         raise ValueError(
-            f"kl must be one that the {budget.name} policy reaches; got {kl!r}; it gets no "
-            f"nearer than {reached:.6g}, at beta = {beta:.6g}. Choose another KL or transformation."
+            f"kl must be one that the {budget.name} policy reaches; got {kl!r}, where the KL goes "
+            f"from {sides[0]:.6g} to {sides[1]:.6g} at beta = {beta:.6g}. Choose another KL."
         )
     return beta
 

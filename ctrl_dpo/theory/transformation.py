@@ -6,6 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from ctrl_dpo.theory.panels import Panels, Points, refined
 FloatArray = NDArray[np.float64]
 
 _REACH = 40.0  # logits beyond which the reference policy has mass 4e-18
+_ABOVE_ZERO, _BELOW_ONE = 1e-300, 1.0 - 2.0**-53  # where a user's function is evaluated
 _NEGLIGIBLE = 45.0  # nats below the peak at which a density no longer counts
 _FARTHEST = 1e13  # logits; a density that still has mass there has no usable normaliser
 
@@ -208,9 +210,14 @@ class UserFunction(Transformation):
             )
         return values
 
+    @cached_property
+    def offset(self) -> float:
+        """The value next to u = 1, so that scores stay exact where the policy has its mass."""
+        return float(self(_BELOW_ONE))
+
     def score(self, points: Points) -> FloatArray:
-        """Return the function's values."""
-        return self(points.u)
+        """Return the difference to the value next to u = 1."""
+        return self(np.clip(points.u, _ABOVE_ZERO, _BELOW_ONE)) - self.offset
 
     def __str__(self) -> str:
         """Return the function's name."""
