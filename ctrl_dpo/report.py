@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctrl_dpo import plots
-from ctrl_dpo.data.folders import write_atomically
+from ctrl_dpo.calibrate import calibrated_reward
+from ctrl_dpo.data.columns import REWARDS
+from ctrl_dpo.data.folders import read_rows, write_atomically
 from ctrl_dpo.evaluate import compare
 from ctrl_dpo.theory.policies import frontier
 from ctrl_dpo.theory.procedures import parse_procedure
-from ctrl_dpo.transform import Exponential, Identity
+from ctrl_dpo.transform import Exponential, Identity, Log, NormalQuantile
 from ctrl_dpo.win_rates import untrained_win_rate
 
 if TYPE_CHECKING:
@@ -126,6 +129,81 @@ def frontier_rows(
         points = frontier(procedure, ["optimal", exponential, Identity()], kls, against)
         rows += [{"procedure": str(procedure), **asdict(point)} for point in points]
     return rows
+
+
+def frontier_page(
+    procedure: str, kl: float, picture: str | Path, *, against: str | None = None, rate: float = 10
+) -> str:
+    """Tabulate what every transformation reaches at one KL, and draw the frontier around it.
+
+    Parameters
+    ----------
+    procedure : str
+        Inference-time procedure.
+    kl : float
+        KL budget of the table, nats per response, > 0; the picture goes to twice that.
+    picture : str or Path
+        Image file to write.
+    against : str, optional
+        Procedure on the reference side, where it is not the policy's.
+    rate : float
+        Rate of the exponential, > 0; negated for procedures that do not keep the best.
+
+    Returns
+    -------
+    str
+        The table, as Markdown. A dash: the transformation cannot reach that KL.
+    """
+    served = parse_procedure(procedure)
+    steep = Exponential(rate if served.is_convex else -rate)
+    compared = ["optimal", steep, Identity(), Log(), NormalQuantile()]
+    points = frontier(served, compared, [kl], against)
+    rows = [
+        [p.transformation, *("-" if math.isnan(x) else f"{x:.4f}" for x in (p.beta, p.win_rate))]
+        for p in points
+    ]
+    kls = (2 * kl * np.linspace(0.02, 1, 40) ** 2).tolist()
+    title = f"What each nat of KL can buy for a policy used through {plots.words(str(served))}"
+    figure = plots.frontier_figure(frontier_rows([str(served)], kls, against, rate), (), title)
+    figure.savefig(picture, dpi=plots.DPI)
+    header = ["transformation", f"beta at {kl:g} nat", "inference-time win rate"]
+    return f"{_table(header, rows)}\n\n{picture}"
+
+
+def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dict[str, Any]:
+    """Read what a report shows besides its records: draws they name, and training logs.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Records with ``sources``, as ``ctrl-dpo evaluate`` writes them.
+    training : mapping of str to str
+        Folder of ``ctrl-dpo train`` by the name its curves get.
+
+    Returns
+    -------
+    dict
+        Keyword arguments of :func:`report`. Reference draws are split in halves: the first half of
+        a prompt's draws calibrates the second.
+    """
+    reference = [row[REWARDS] for row in read_rows(records[0]["sources"]["reference"])]
+    half = min(map(len, reference)) // 2
+    draws = np.array([row[: 2 * half] for row in reference])
+    logs = {
+        name: [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open(encoding="utf-8")]
+        for name, folder in training.items()
+    }
+    return {
+        "training_logs": logs,
+        "calibrated_rewards": calibrated_reward(draws[:, half:], draws[:, :half]),
+        "k": half,
+        "reference_rewards": np.concatenate(reference),
+        "policy_rewards": {
+            r["name"]: np.concatenate([row[REWARDS] for row in read_rows(r["sources"]["policy"])])
+            for r in records
+        },
+        "settings": {r["name"]: {"sources": r["sources"], "seed": r["seed"]} for r in records},
+    }
 
 
 def win_rate_table(records: Sequence[Record]) -> str:

@@ -3,4 +3,5 @@
 set -euo pipefail
 RUNS=${RUNS:-runs/quickstart}
 
-ctrl-dpo report "$RUNS/ctrl" "$RUNS/dpo" --output "$RUNS/report"
+ctrl-dpo report "$RUNS/ctrl/evaluation" "$RUNS/dpo/evaluation" --output "$RUNS/report" \
+    --training "ctrl=$RUNS/ctrl/adapter" --training "dpo=$RUNS/dpo/adapter"

@@ -27,5 +27,5 @@ for stage in 1_sample 2_score 3_relabel 4_train 5_evaluate 6_report; do
     printf '== %s took %d s\n' "$stage" $((SECONDS - start)) | tee -a "$RUNS/times.txt"
 done
 echo
-sed -n '/^## Result/,/^## /{/^## /d;p}' "$RUNS/report/report.md"
+sed -n '/^## Inference-time/,/^## Figures/{/^## Figures/d;p}' "$RUNS/report/report.md"
 echo "Report and pictures: $RUNS/report (report.md, *.png). All of it took $SECONDS s."

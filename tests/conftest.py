@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from tiny import tiny_llama, tiny_tokenizer
 
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("ci")
+# the models are tiny: threads would only wait for one another
+torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -7,10 +7,10 @@ REFERENCE_REWARDS = "reference_rewards"
 REFERENCE_LOGPS = "reference_logps"
 
 # written by the sample stage, in the order of RESPONSES
-RESPONSE_IDS = "response_ids"      # token ids as drawn, so that nothing is tokenised twice
-FINISHED = "finished"              # False where the draw ran into the length limit
-SAMPLER_LOGPS = "sampler_logps"    # nats per response, from the sampler's own forward passes
-POLICY_LOGPS = "policy_logps"      # nats per response, from the training forward path
+RESPONSE_IDS = "response_ids"  # token ids as drawn, so that nothing is tokenised twice
+FINISHED = "finished"  # False where the draw ran into the length limit
+SAMPLER_LOGPS = "sampler_logps"  # nats per response, from the sampler's own forward passes
+POLICY_LOGPS = "policy_logps"  # nats per response, from the training forward path
 
 # written by the relabel stage
 CALIBRATED_REWARDS = "calibrated_rewards"
