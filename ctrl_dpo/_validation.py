@@ -1,4 +1,4 @@
-"""Argument checks with one error grammar: ``<name> must <rule>; got <value>[ at <where>]. <remedy>``."""
+"""Checks with one error grammar: ``<name> must <rule>; got <value>[ at <where>]. <remedy>``."""
 
 from __future__ import annotations
 

@@ -118,12 +118,15 @@ def relabel(
     beta: Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")] = None,
     estimator: Annotated[str, typer.Option(help="posterior or plug_in.")] = "posterior",
     pairs: Annotated[
-        str | None, typer.Option(help="Write pairs instead of groups: best_worst, all, ...")
+        str | None,
+        typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
     ] = None,
+    ties: Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")] = "drop",
     num_proc: Annotated[int | None, typer.Option(help="Processes.")] = None,
 ) -> None:
     """Calibrate and transform rewards into training targets: groups, or pairs with margins."""
     from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.relabel import count_pairs
     from ctrl_dpo.relabel import pairs as make_pairs
     from ctrl_dpo.relabel import relabel as run
 
@@ -134,6 +137,7 @@ def relabel(
         "beta": beta,
         "estimator": estimator,
         "pairs": pairs,
+        "ties": ties,
     }
 
     def make() -> tuple[Any, dict[str, Any]]:
@@ -146,11 +150,10 @@ def relabel(
             estimator=estimator,
             num_proc=num_proc,
         )
-        summary = {"groups": len(made), "beta": made[0]["beta"]}
+        beta_used = {"beta": made[0]["beta"]}
         if pairs is None:
-            return made, summary
-        exported = make_pairs(made, strategy=pairs)
-        return exported, summary | {"pairs": len(exported)}
+            return made, {"groups": len(made)} | beta_used
+        return make_pairs(made, pairs, ties=ties), count_pairs(made, pairs, ties=ties) | beta_used
 
     run_once(StageFolder(output, "relabel", settings, {"source": content_hash(source)}), make)
     _finished(output)
@@ -188,8 +191,8 @@ def evaluate(
     output: Output,
     name: Annotated[str, typer.Option(help="What tables and figures call the policy.")] = "policy",
     procedure: Annotated[
-        list[str] | None, typer.Option(help="Inference-time procedures to measure.")
-    ] = None,
+        list[str], typer.Option(help="Inference-time procedures to measure.")
+    ] = PROCEDURES,
     against: Annotated[
         str | None, typer.Option(help="Procedure of the reference policy, if another.")
     ] = None,
@@ -199,12 +202,6 @@ def evaluate(
     from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, write_atomically
     from ctrl_dpo.evaluate import evaluate as run
 
-    if procedure is None:
-        procedure = [
-            "single_draw",
-            "best_of_4",
-            "worst_of_4",
-        ]
     settings = {"name": name, "procedure": procedure, "against": against, "seed": seed}
     inputs = {"policy": content_hash(policy), "reference": content_hash(reference)}
     folder = StageFolder(output, "evaluate", settings, inputs, n_shards=0).open()

@@ -13,15 +13,15 @@ from numpy.typing import ArrayLike
 
 from ctrl_dpo._validation import check_columns, check_finite
 from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
-from ctrl_dpo.estimates import Estimate, mean_over_prompts, paired_difference
-from ctrl_dpo.theory.procedures import Procedure
-from ctrl_dpo.win_rates import (
+from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
+from ctrl_dpo.measures.win_rates import (
     Rows,
     attainment,
     attainment_interval,
     checked_rows,
     inference_win_rate,
 )
+from ctrl_dpo.theory.procedures import Procedure
 
 __all__ = [
     "CalibrationError",

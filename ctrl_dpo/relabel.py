@@ -5,29 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
-from ctrl_dpo._validation import check_choice, check_columns, check_one_of, check_positive
-from ctrl_dpo.calibrate import count_below_and_tied
+from ctrl_dpo._validation import (
+    check_choice,
+    check_columns,
+    check_integer,
+    check_one_of,
+    check_positive,
+)
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.ragged import FloatArray, IntArray, Ragged, lengths_of, read_floats, to_lists
+from ctrl_dpo.labels.groups import ADDED, relabel_batch
+from ctrl_dpo.labels.pairs import TIES, pair_batch, parse_strategy, select_pairs
 from ctrl_dpo.theory.policies import match_kl
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
-from ctrl_dpo.transform import parse_transformation, transformed_rewards
+from ctrl_dpo.transform import parse_transformation
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CALIBRATIONS = ("empirical",)
 ESTIMATORS = ("posterior", "plug_in")
-ADDED = (
-    columns.CALIBRATED_REWARDS,
-    columns.TRANSFORMED_REWARDS,
-    columns.LOG_NORMALISER,
-    columns.BETA,
-    columns.PROCEDURE,
-    columns.TRANSFORMATION,
-)
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
 _TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
@@ -174,96 +171,119 @@ def _add_to_stream(groups: Any, features: Any, settings: dict[str, Any]) -> Any:
     return made.with_format(None)
 
 
-def relabel_batch(
-    table: pa.Table,
-    indices: list[int],
+def pairs(
+    relabelled: Dataset,
+    strategy: str = "best_worst",
     *,
-    transformation: Any,
-    procedure: str,
-    beta: float,
-    estimator: str,
-    calibration: str,
-) -> pa.Table:
-    """Return the new columns of a batch of groups.
+    ties: str = "drop",
+    seed: int = 0,
+    **map_options: Any,
+) -> Dataset:
+    r"""Make preference pairs with margins out of relabelled groups.
+
+    .. math:: m = \hat\Phi(\text{chosen}) - \hat\Phi(\text{rejected}) \ge 0
 
     Parameters
     ----------
-    table : pyarrow.Table
-        ``responses``, ``rewards`` and, where there are any, ``reference_rewards``.
-    indices : list of int
-        Row numbers, for errors.
-    transformation, procedure, beta, estimator, calibration
-        What :func:`relabel` settled.
+    relabelled : Dataset
+        What :func:`relabel` returned.
+    strategy : str
+        ``"best_worst"`` one pair a group, ``"adjacent"`` neighbours in rank, ``"all"``,
+        ``"random:N"`` N of them, ``"margin:T"`` those with a margin of at least T.
+    ties : {"drop", "keep"}
+        Whether pairs of equal transformed rewards are kept, with margin 0.
+    seed : int
+        Seed of ``"random:N"``.
+    **map_options
+        For ``datasets.map``, such as ``num_proc=4``.
 
     Returns
     -------
-    pyarrow.Table
-        The columns :data:`ADDED`.
+    Dataset
+        ``prompt, chosen, rejected, margin``, in TRL's standard or conversational format, with
+        ``beta``, ``procedure`` and ``transformation``. Two equal texts never make a pair.
+
+    Raises
+    ------
+    ValueError
+        If the strategy is unknown or no group has a pair to give.
+
+    Examples
+    --------
+    >>> from datasets import Dataset
+    >>> groups = Dataset.from_dict(
+    ...     {"prompt": ["Hi"], "responses": [["a", "b", "c"]], "rewards": [[0.1, 0.9, 0.4]]}
+    ... )
+    >>> labelled = relabel(groups, procedure="single_draw", transformation="identity", beta=1.0)
+    >>> pairs(labelled)[0]["chosen"], pairs(labelled)[0]["rejected"], pairs(labelled)[0]["margin"]
+    ('b', 'a', 0.5)
     """
-    rewards = read_floats(table, columns.REWARDS, indices)
-    _check_lengths(rewards, lengths_of(table, columns.RESPONSES, indices), indices)
-    inside = columns.REFERENCE_REWARDS not in table.column_names
-    reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, indices)
-    if (reference.lengths == 0).any():
-        row = indices[int(np.argmin(reference.lengths))]
-        name = columns.REWARDS if inside else columns.REFERENCE_REWARDS
+    settings = _pair_settings(relabelled, strategy, ties, seed)
+    made = relabelled.with_format("arrow").map(
+        pair_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs=settings,
+        remove_columns=relabelled.column_names,
+        **{"desc": "pairs", **map_options},
+    )
+    if len(made) == 0:
+        counts = count_pairs(relabelled, strategy, ties=ties, seed=seed)
         raise ValueError(
-            f"{name} must hold at least one reward; got none at row {row}. Draw from the reference "
-            "policy first, drop that row, or use calibration='pooled'."
+            f"relabelled must hold a pair of unequal responses; got {counts}. Score with a finer "
+            "reward, draw more responses, or use ties='keep'."
         )
-    counts = count_below_and_tied(rewards.padded(), reference.padded())
-    below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
-    k = np.repeat(reference.lengths, rewards.lengths)
-    made = {
-        columns.CALIBRATED_REWARDS: _calibrated(below, tied, k, inside),
-        columns.TRANSFORMED_REWARDS: _transformed(
-            transformation, below, tied, k, inside, estimator
-        ),
+    return made.with_format(None)
+
+
+def count_pairs(
+    relabelled: Dataset, strategy: str = "best_worst", *, ties: str = "drop", seed: int = 0
+) -> dict[str, int]:
+    """Count what :func:`pairs` makes and leaves out.
+
+    Parameters
+    ----------
+    relabelled, strategy, ties, seed
+        As for :func:`pairs`.
+
+    Returns
+    -------
+    dict
+        ``groups``, ``pairs``, ``groups_without_pair``, and among the candidates of the strategy
+        ``tied_pairs`` (kept or dropped by ``ties``) and ``duplicate_responses`` (dropped).
+
+    Examples
+    --------
+    >>> from datasets import Dataset
+    >>> groups = Dataset.from_dict(
+    ...     {"prompt": ["Hi"], "responses": [["a", "b", "c"]], "rewards": [[0.0, 0.0, 0.4]]}
+    ... )
+    >>> labelled = relabel(groups, procedure="best_of_4", beta=1.0)
+    >>> counts = count_pairs(labelled, "all")
+    >>> counts["pairs"], counts["tied_pairs"]
+    (2, 1)
+    """
+    settings = _pair_settings(relabelled, strategy, ties, seed)
+    totals = {"groups": len(relabelled), "pairs": 0, "groups_without_pair": len(relabelled)}
+    totals |= {"tied_pairs": 0, "duplicate_responses": 0}
+    numbers = relabelled.select_columns([columns.RESPONSES, columns.TRANSFORMED_REWARDS])
+    start = 0
+    for table in numbers.with_format("arrow").iter(batch_size=1000):
+        found = select_pairs(table, list(range(start, start + len(table))), **settings)
+        start += len(table)
+        totals["pairs"] += found.row.size
+        totals["groups_without_pair"] -= np.unique(found.row).size
+        totals["tied_pairs"] += found.ties
+        totals["duplicate_responses"] += found.duplicates
+    return totals
+
+
+def _pair_settings(relabelled: Dataset, strategy: str, ties: str, seed: int) -> dict[str, Any]:
+    """Check the arguments of :func:`pairs`."""
+    required = [columns.PROMPT, columns.RESPONSES, columns.TRANSFORMED_REWARDS, columns.BETA]
+    check_columns(relabelled.column_names, required, "Call relabel first.")
+    return {
+        "strategy": parse_strategy(strategy),
+        "ties": check_choice("ties", ties, TIES),
+        "seed": check_integer("seed", seed, 0),
     }
-    lists = {name: to_lists(values, rewards.lengths) for name, values in made.items()}
-    n = len(indices)
-    constant = {
-        columns.LOG_NORMALISER: pa.array(np.full(n, transformation.log_normaliser(beta))),
-        columns.BETA: pa.array(np.full(n, beta)),
-        columns.PROCEDURE: pa.array([procedure] * n),
-        columns.TRANSFORMATION: pa.array([str(transformation)] * n),
-    }
-    return pa.table(lists | constant)
-
-
-def _check_lengths(rewards: Ragged, responses: IntArray, indices: list[int]) -> None:
-    """Raise unless every response of a row has a reward."""
-    unequal = rewards.lengths != responses
-    if unequal.any():
-        i = int(np.argmax(unequal))
-        raise ValueError(
-            f"rewards must have one entry per response; got {rewards.lengths[i]} for "
-            f"{responses[i]} responses at row {indices[i]}. Score that row again or drop it."
-        )
-
-
-def _calibrated(below: IntArray, tied: IntArray, k: IntArray, inside: bool) -> FloatArray:
-    """Return mid-ranks among the reference draws, among the other ones for a draw itself."""
-    if not inside:
-        return np.asarray((below + tied / 2) / k)
-    alone = k == 1
-    middle = (below + (tied - 1) / 2) / np.where(alone, 1, k - 1)
-    return np.where(alone, 0.5, middle)
-
-
-def _transformed(
-    transformation: Any,
-    below: IntArray,
-    tied: IntArray,
-    k: IntArray,
-    inside: bool,
-    estimator: str,
-) -> FloatArray:
-    """Return transformed rewards, prompts with the same number of reference draws together."""
-    values = np.empty(below.size)
-    for count in np.unique(k):
-        chosen = k == count
-        values[chosen] = transformed_rewards(
-            transformation, below[chosen], tied[chosen], int(count), inside, estimator
-        )
-    return values

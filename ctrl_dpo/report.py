@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctrl_dpo import plots
 from ctrl_dpo.calibrate import calibrated_reward
 from ctrl_dpo.data.columns import REWARDS
 from ctrl_dpo.data.folders import read_rows, write_atomically
 from ctrl_dpo.evaluate import compare
+from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.win_rates import untrained_win_rate
 from ctrl_dpo.theory.policies import frontier
 from ctrl_dpo.theory.procedures import parse_procedure
 from ctrl_dpo.transform import Exponential, Identity, Log, NormalQuantile
-from ctrl_dpo.win_rates import untrained_win_rate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -121,7 +121,7 @@ def frontier_rows(
     -------
     list of dict
         ``procedure``, ``transformation``, ``kl``, ``beta`` and ``win_rate``, as
-        :func:`~ctrl_dpo.plots.frontier_figure` takes them.
+        :func:`~ctrl_dpo.measures.plots.frontier_figure` takes them.
     """
     rows: list[dict[str, Any]] = []
     for procedure in map(parse_procedure, procedures):

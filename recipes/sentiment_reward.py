@@ -1,4 +1,4 @@
-"""A reward anybody can run: the VADER sentiment of a response, from -1 (negative) to 1 (positive)."""
+"""A reward anybody can run: VADER sentiment of a response, -1 (negative) to 1 (positive)."""
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 

@@ -1,7 +1,7 @@
 """Losses on log-ratios: pure functions of ``(n_groups, k)`` tensors, one value per group.
 
 ``logratios`` are d = log pi/pi_ref and ``targets`` are t = Phi/beta - log Z, both in nats; ``mask``
-is True where a group has a response. A pair is a group of two whose first response is the chosen one.
+is True where a group has a response. A pair is a group of two, the chosen response first.
 """
 
 from __future__ import annotations

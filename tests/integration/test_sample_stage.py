@@ -69,8 +69,9 @@ def test_an_interrupted_run_goes_on_and_gives_what_an_uninterrupted_one_gives(
     resumed = run(tmp_path / "parts")
     assert drawn == [2]  # only the shard that was missing
     assert resumed.to_list() == whole.to_list()
-    assert read_record(tmp_path / "parts")["content_hash"] == (
-        read_record(tmp_path / "whole")["content_hash"]
+    assert (
+        read_record(tmp_path / "parts")["content_hash"]
+        == (read_record(tmp_path / "whole")["content_hash"])
     )
     drawn.clear()
     run(tmp_path / "parts")

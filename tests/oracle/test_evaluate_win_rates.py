@@ -9,8 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from ctrl_dpo.measures.win_rates import inference_win_rate, selection_weights
 from ctrl_dpo.theory.procedures import parse_procedure
-from ctrl_dpo.win_rates import inference_win_rate, selection_weights
 
 PROCEDURES = [
     "single_draw",

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ctrl_dpo.estimates import mean_over_prompts, paired_difference
 from ctrl_dpo.evaluate import calibration_error, kl_divergence
+from ctrl_dpo.measures.estimates import mean_over_prompts, paired_difference
+from ctrl_dpo.measures.win_rates import inference_win_rate, selection_weights
 from ctrl_dpo.theory.procedures import BestOfN, Mixture, OrderStatistic, SingleDraw, WorstOfN
-from ctrl_dpo.win_rates import inference_win_rate, selection_weights
 
 SMALL = st.integers(-6, 6).map(float)  # small integers: many ties, and exact under maps
 

@@ -1,4 +1,4 @@
-"""Recipes are code: every configuration builds, every script parses, the prompts are what they say."""
+"""Recipes are code: configurations build, scripts parse, the prompts are what they say."""
 
 from __future__ import annotations
 

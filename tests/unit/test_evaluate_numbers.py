@@ -10,9 +10,9 @@ import pytest
 from datasets import Dataset
 from scipy import stats
 
-from ctrl_dpo.estimates import Estimate, mean_over_prompts, paired_difference
 from ctrl_dpo.evaluate import calibration_error, compare, evaluate, kl_divergence
-from ctrl_dpo.win_rates import inference_win_rate
+from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
+from ctrl_dpo.measures.win_rates import inference_win_rate
 
 
 def test_best_of_two_by_hand():

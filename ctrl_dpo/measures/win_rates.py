@@ -13,7 +13,7 @@ from scipy import integrate
 from scipy.interpolate import PchipInterpolator
 
 from ctrl_dpo._validation import check_finite, check_positive
-from ctrl_dpo.estimates import Estimate, bootstrap_interval, mean_over_prompts
+from ctrl_dpo.measures.estimates import Estimate, bootstrap_interval, mean_over_prompts
 from ctrl_dpo.theory.policies import frontier
 from ctrl_dpo.theory.procedures import (
     Procedure,
@@ -72,8 +72,8 @@ def inference_win_rate(
     -----
     It is the average over all pairs of subsets, so it is unbiased for every ``m >= N``, and uses
     every draw. Swapping the sides maps W to 1 - W; a strictly increasing map of the rewards changes
-    nothing; best-of-N of the rewards mirrors worst-of-N of their negatives. The interval is
-    described in :func:`~ctrl_dpo.estimates.mean_over_prompts`. Cost is O(m log m) a prompt.
+    nothing; best-of-N of the rewards mirrors worst-of-N of their negatives. Cost is O(m log m) a
+    prompt. The interval is described in :func:`~ctrl_dpo.measures.estimates.mean_over_prompts`.
 
     References
     ----------

@@ -1,0 +1,1 @@
+"""Training labels as arrays: transformed rewards of groups, margins of pairs."""

@@ -1,0 +1,122 @@
+"""A batch of scored groups -> calibrated and transformed rewards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ctrl_dpo.calibrate import count_below_and_tied
+from ctrl_dpo.data import columns
+from ctrl_dpo.data.ragged import FloatArray, IntArray, Ragged, lengths_of, read_floats, to_lists
+from ctrl_dpo.transform import transformed_rewards
+
+ADDED = (
+    columns.CALIBRATED_REWARDS,
+    columns.TRANSFORMED_REWARDS,
+    columns.LOG_NORMALISER,
+    columns.BETA,
+    columns.PROCEDURE,
+    columns.TRANSFORMATION,
+)
+
+
+def relabel_batch(
+    table: pa.Table,
+    indices: list[int],
+    *,
+    transformation: Any,
+    procedure: str,
+    beta: float,
+    estimator: str,
+    calibration: str,
+) -> pa.Table:
+    """Return the new columns of a batch of groups.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        ``responses``, ``rewards`` and, where there are any, ``reference_rewards``.
+    indices : list of int
+        Row numbers, for errors.
+    transformation, procedure, beta, estimator, calibration
+        What :func:`relabel` settled.
+
+    Returns
+    -------
+    pyarrow.Table
+        The columns :data:`ADDED`.
+
+    Raises
+    ------
+    ValueError
+        If a reward is not finite or missing, or a prompt has no reference reward.
+    """
+    rewards = read_floats(table, columns.REWARDS, indices)
+    _check_lengths(rewards, lengths_of(table, columns.RESPONSES, indices), indices)
+    inside = columns.REFERENCE_REWARDS not in table.column_names
+    reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, indices)
+    if (reference.lengths == 0).any():
+        row = indices[int(np.argmin(reference.lengths))]
+        name = columns.REWARDS if inside else columns.REFERENCE_REWARDS
+        raise ValueError(
+            f"{name} must hold at least one reward; got none at row {row}. Draw from the reference "
+            "policy first, drop that row, or use calibration='pooled'."
+        )
+    counts = count_below_and_tied(rewards.padded(), reference.padded())
+    below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
+    k = np.repeat(reference.lengths, rewards.lengths)
+    made = {
+        columns.CALIBRATED_REWARDS: _calibrated(below, tied, k, inside),
+        columns.TRANSFORMED_REWARDS: _transformed(
+            transformation, below, tied, k, inside, estimator
+        ),
+    }
+    lists = {name: to_lists(values, rewards.lengths) for name, values in made.items()}
+    n = len(indices)
+    constant = {
+        columns.LOG_NORMALISER: pa.array(np.full(n, transformation.log_normaliser(beta))),
+        columns.BETA: pa.array(np.full(n, beta)),
+        columns.PROCEDURE: pa.array([procedure] * n),
+        columns.TRANSFORMATION: pa.array([str(transformation)] * n),
+    }
+    return pa.table(lists | constant)
+
+
+def _check_lengths(rewards: Ragged, responses: IntArray, indices: list[int]) -> None:
+    """Raise unless every response of a row has a reward."""
+    unequal = rewards.lengths != responses
+    if unequal.any():
+        i = int(np.argmax(unequal))
+        raise ValueError(
+            f"rewards must have one entry per response; got {rewards.lengths[i]} for "
+            f"{responses[i]} responses at row {indices[i]}. Score that row again or drop it."
+        )
+
+
+def _calibrated(below: IntArray, tied: IntArray, k: IntArray, inside: bool) -> FloatArray:
+    """Return mid-ranks among the reference draws, among the other ones for a draw itself."""
+    if not inside:
+        return np.asarray((below + tied / 2) / k)
+    alone = k == 1
+    middle = (below + (tied - 1) / 2) / np.where(alone, 1, k - 1)
+    return np.where(alone, 0.5, middle)
+
+
+def _transformed(
+    transformation: Any,
+    below: IntArray,
+    tied: IntArray,
+    k: IntArray,
+    inside: bool,
+    estimator: str,
+) -> FloatArray:
+    """Return transformed rewards, prompts with the same number of reference draws together."""
+    values = np.empty(below.size)
+    for count in np.unique(k):
+        chosen = k == count
+        values[chosen] = transformed_rewards(
+            transformation, below[chosen], tied[chosen], int(count), inside, estimator
+        )
+    return values
