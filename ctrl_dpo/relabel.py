@@ -165,9 +165,15 @@ def _add_columns(
 def _add_to_stream(groups: Any, features: Any, settings: dict[str, Any]) -> Any:
     """Add the columns to a stream, as its rows pass."""
     known = None if groups.features is None else type(features)({**groups.features, **features})
-    made = groups.with_format("arrow").map(
-        relabel_batch, batched=True, with_indices=True, fn_kwargs=settings, features=known
-    )
+
+    def add(table: Any, indices: list[int]) -> Any:
+        # what a function on Arrow batches of a stream returns is all that the stream keeps
+        made = relabel_batch(table, indices, **settings)
+        for name in made.column_names:
+            table = table.append_column(name, made.column(name))
+        return table
+
+    made = groups.with_format("arrow").map(add, batched=True, with_indices=True, features=known)
     return made.with_format(None)
 
 

@@ -1,0 +1,214 @@
+"""Relabelling by hand arithmetic: columns, refusals, counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset, IterableDataset
+
+from ctrl_dpo import match_kl, pairs, relabel
+from ctrl_dpo.labels.pairs import PairStrategy, parse_strategy
+from ctrl_dpo.relabel import count_pairs
+
+IDENTITY = {"procedure": "single_draw", "transformation": "identity"}
+
+
+def groups(*rewards, **columns) -> Dataset:
+    rows = {
+        "prompt": [f"question {i}" for i in range(len(rewards))],
+        "responses": [[f"answer {i} {j}" for j in range(len(r))] for i, r in enumerate(rewards)],
+        "rewards": [list(r) for r in rewards],
+    }
+    return Dataset.from_dict(rows | columns)
+
+
+def test_columns_by_hand():
+    made = relabel(groups([1.0, 3.0, 2.0], [5.0, 5.0]), **IDENTITY, beta=0.5, estimator="plug_in")
+    assert made["calibrated_rewards"][:] == [[0.0, 1.0, 0.5], [0.5, 0.5]]
+    # log of (e^(1/beta) - 1) beta at beta 1/2
+    assert made["log_normaliser"][0] == pytest.approx(np.log((np.e**2 - 1) / 2), rel=1e-12)
+    assert made[1] == {
+        "prompt": "question 1",
+        "responses": ["answer 1 0", "answer 1 1"],
+        "rewards": [5.0, 5.0],
+        "calibrated_rewards": [0.5, 0.5],
+        "transformed_rewards": [0.5, 0.5],
+        "log_normaliser": made["log_normaliser"][0],
+        "beta": 0.5,
+        "procedure": "single_draw",
+        "transformation": "identity",
+    }
+
+
+def test_the_posterior_of_a_draw_is_its_beta_mean():
+    # rank j of K draws is Beta(j, K + 1 - j), of mean j / (K + 1)
+    made = relabel(groups([1.0, 3.0, 2.0, 2.0]), **IDENTITY, beta=1.0)
+    assert made["transformed_rewards"][0] == pytest.approx([0.2, 0.8, 0.5, 0.5], abs=1e-12)
+
+
+def test_reference_rewards_make_the_responses_new_ones():
+    made = relabel(
+        groups([1.0, 9.0], reference_rewards=[[0.0, 1.0, 2.0, 3.0]]), **IDENTITY, beta=1.0
+    )
+    assert made["calibrated_rewards"][0] == [0.375, 1.0]
+    # a new one with j draws below it is Beta(j + 1, K - j + 1); a tie is shared between two ranks
+    assert made["transformed_rewards"][0] == pytest.approx([2.5 / 6, 5 / 6], abs=1e-12)
+
+
+def test_the_budget_decides_beta():
+    made = relabel(groups([1.0, 2.0]), procedure="best_of_4", target_kl=1.0)
+    assert made["beta"][0] == match_kl("optimal", "best_of_4", 1.0)
+    assert made["transformation"][0] == "optimal"
+    steep = relabel(
+        groups([1.0, 2.0]), procedure="best_of_4", transformation="exponential:5", target_kl=1.0
+    )
+    assert steep["beta"][0] != made["beta"][0]
+
+
+def test_relabelling_twice_replaces_the_labels():
+    once = relabel(groups([1.0, 2.0]), **IDENTITY, beta=1.0)
+    twice = relabel(once, procedure="best_of_4", beta=0.1)
+    assert twice.column_names == once.column_names
+    assert twice.to_dict() == relabel(groups([1.0, 2.0]), procedure="best_of_4", beta=0.1).to_dict()
+
+
+def test_processes_and_batches_change_nothing(rng):
+    data = groups(*[rng.normal(size=n) for n in [2, 5, 3, 8, 2, 4, 5] * 3])
+    one = relabel(data, procedure="best_of_4", beta=0.1)
+    for options in ({"num_proc": 2}, {"batch_size": 3}):
+        other = relabel(data, procedure="best_of_4", beta=0.1, **options)
+        assert other.to_dict() == one.to_dict()
+        assert pairs(other, "random:2", **options).to_dict() == pairs(one, "random:2").to_dict()
+
+
+def test_a_stream_gives_the_same_rows():
+    data = groups([1.0, 2.0, 0.5], [0.1, 0.2])
+    stream = relabel(data.to_iterable_dataset(), procedure="best_of_4", beta=0.1)
+    assert isinstance(stream, IterableDataset)
+    assert list(stream) == list(relabel(data, procedure="best_of_4", beta=0.1))
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (groups([1.0]).select([]), ValueError, "groups must have at least one row; got 0"),
+        (groups([1.0, 2.0]).remove_columns("rewards"), ValueError, "'rewards' is missing"),
+        (groups([1.0, 2.0]).remove_columns("responses"), ValueError, "'responses' is missing"),
+        (
+            groups([1.0, 2.0], [1.0, float("nan")]),
+            ValueError,
+            "rewards must be finite; got nan at row 1, response 1",
+        ),
+        (
+            groups([1.0, 2.0], [1.0, 2.0], reference_rewards=[[1.0], []]),
+            ValueError,
+            "reference_rewards must hold at least one reward; got none at row 1",
+        ),
+        (
+            groups([1.0, 2.0], responses=[["a", "b", "c"]]),
+            ValueError,
+            "rewards must have one entry per response; got 2 for 3 responses at row 0",
+        ),
+        (
+            Dataset.from_dict({"responses": [["a"]], "rewards": [["high"]]}),
+            TypeError,
+            "rewards must hold numbers; got 'high'",
+        ),
+        (
+            Dataset.from_dict({"responses": [["a"], None], "rewards": [[1.0], [1.0]]}),
+            ValueError,
+            "responses must be a list; got None at row 1",
+        ),
+        (
+            Dataset.from_dict({"responses": ["a"], "rewards": [[1.0]]}),
+            TypeError,
+            "column 'responses' must hold lists; got string",
+        ),
+    ],
+)
+def test_bad_rows_are_named(data, error, message):
+    with pytest.raises(error, match=message):
+        relabel(data, procedure="best_of_4", beta=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "exactly one of .* must be given; got none"),
+        ({"beta": 1.0, "target_kl": 1.0}, "exactly one of"),
+        ({"beta": -1.0}, "beta must be finite and > 0; got -1.0"),
+        ({"target_kl": float("nan")}, "target_kl must be finite and > 0; got nan"),
+        ({"beta": 1.0, "estimator": "best"}, "estimator must be one of .*; got 'best'"),
+        ({"beta": 1.0, "calibration": "magic"}, "calibration must be one of .*; got 'magic'"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        relabel(groups([1.0, 2.0]), procedure="best_of_4", **settings)
+
+
+def made_pairs(data: Dataset, strategy: str, **options) -> list[tuple[str, str, float]]:
+    # the mid-ranks of three draws among themselves are 1/6, 1/2 and 5/6
+    made = pairs(relabel(data, **IDENTITY, beta=1.0, estimator="plug_in"), strategy, **options)
+    margins = [round(3 * margin, 12) for margin in made["margin"]]
+    return list(zip(made["chosen"], made["rejected"], margins, strict=True))
+
+
+def test_strategies_by_hand():
+    data = groups([1.0, 4.0, 3.0])
+    low, high, middle = data["responses"][0]
+    whole = [(high, low, 2.0), (high, middle, 1.0), (middle, low, 1.0)]
+    assert made_pairs(data, "best_worst") == whole[:1]
+    assert sorted(made_pairs(data, "adjacent")) == sorted(whole[1:])
+    assert sorted(made_pairs(data, "all")) == sorted(whole)
+    assert made_pairs(data, "margin:0.5") == whole[:1]
+    assert len(made_pairs(data, "random:2")) == 2
+    assert set(made_pairs(data, "random:2")) < set(whole)
+    assert sorted(made_pairs(data, "random:9", seed=5)) == sorted(whole)
+
+
+def test_pairs_carry_their_labels_and_tokens():
+    data = groups([0.0, 1.0], response_ids=[[[5], [6, 7]]], finished=[[True, False]])
+    (row,) = pairs(relabel(data, **IDENTITY, beta=0.3))
+    assert row["prompt"] == "question 0"
+    assert (row["beta"], row["procedure"], row["transformation"]) == (0.3, *IDENTITY.values())
+    assert (row["chosen_token_ids"], row["rejected_token_ids"]) == ([6, 7], [5])
+    assert (row["chosen_finished"], row["rejected_finished"]) == (False, True)
+
+
+def test_conversations_stay_conversations():
+    turn = [{"role": "user", "content": "hello"}]
+    (row,) = pairs(relabel(groups([0.0, 1.0], prompt=[turn]), **IDENTITY, beta=1.0))
+    assert row["prompt"] == turn
+    assert row["chosen"] == [{"role": "assistant", "content": "answer 0 1"}]
+    assert row["rejected"] == [{"role": "assistant", "content": "answer 0 0"}]
+
+
+def test_ties_duplicates_and_single_responses_are_counted():
+    data = groups([1.0, 1.0, 2.0], [1.0], [1.0, 2.0])
+    data = data.map(lambda row: {"responses": ["same", "same"]} if len(row["rewards"]) == 2 else {})
+    labelled = relabel(data, **IDENTITY, beta=1.0)
+    counted = {"groups": 3, "groups_without_pair": 2, "tied_pairs": 1, "duplicate_responses": 1}
+    assert count_pairs(labelled, "all") == counted | {"pairs": 2}
+    assert count_pairs(labelled, "all", ties="keep") == counted | {"pairs": 3}
+    assert len(pairs(labelled, "all", ties="keep")) == 3
+    assert min(pairs(labelled, "all", ties="keep")["margin"]) == 0.0
+    assert min(pairs(labelled, "all")["margin"]) > 0
+
+
+def test_no_pair_at_all_is_an_error():
+    labelled = relabel(groups([1.0, 1.0], [2.0]), **IDENTITY, beta=1.0)
+    with pytest.raises(
+        ValueError, match="must hold a pair of unequal responses; got .*'groups': 2"
+    ):
+        pairs(labelled)
+    with pytest.raises(ValueError, match="'transformed_rewards' is missing .* Call relabel first"):
+        pairs(groups([1.0, 2.0]))
+
+
+def test_strategies_are_parsed():
+    assert parse_strategy("all") == PairStrategy("all")
+    assert parse_strategy("margin:0.5") == PairStrategy("margin", threshold=0.5)
+    for bad in ("best", "random", "random:0", "random:x", "margin", "margin:-1", "all:3"):
+        with pytest.raises(ValueError, match=f"strategy must be one of .*; got '{bad}'"):
+            parse_strategy(bad)
