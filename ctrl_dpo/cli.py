@@ -116,7 +116,10 @@ def relabel(
         float | None, typer.Option(help="KL budget in nats per response; sets beta.")
     ] = None,
     beta: Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")] = None,
-    estimator: Annotated[str, typer.Option(help="posterior or plug_in.")] = "posterior",
+    estimator: Annotated[
+        str | None,
+        typer.Option(help="rank_optimal (default of optimal), posterior (of others) or plug_in."),
+    ] = None,
     pairs: Annotated[
         str | None,
         typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),

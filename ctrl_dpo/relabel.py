@@ -18,13 +18,14 @@ from ctrl_dpo.labels.groups import ADDED, relabel_batch
 from ctrl_dpo.labels.pairs import TIES, pair_batch, parse_strategy, select_pairs
 from ctrl_dpo.theory.policies import match_kl
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
+from ctrl_dpo.theory.rank_targets import RankOptimal
 from ctrl_dpo.transform import parse_transformation
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 CALIBRATIONS = ("empirical",)
-ESTIMATORS = ("posterior", "plug_in")
+ESTIMATORS = ("rank_optimal", "posterior", "plug_in")
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
 _TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
@@ -37,7 +38,7 @@ def relabel(
     beta: float | None = None,
     target_kl: float | None = None,
     calibration: str = "empirical",
-    estimator: str = "posterior",
+    estimator: str | None = None,
     against: str | Procedure | None = None,
     **map_options: Any,
 ) -> Dataset:
@@ -62,8 +63,12 @@ def relabel(
         KL budget in nats per response, from which beta follows.
     calibration : str
         How calibrated rewards are estimated: ``"empirical"``.
-    estimator : {"posterior", "plug_in"}
-        See :func:`ctrl_dpo.transform.transformed_rewards`.
+    estimator : {"rank_optimal", "posterior", "plug_in"}, optional
+        How ranks among few draws become transformed rewards. ``"rank_optimal"``, the default of
+        ``"optimal"``: such that the policy fitted to them is optimal and has the KL budget, see
+        :func:`ctrl_dpo.theory.rank_targets.rank_targets`. The others estimate the transformed
+        reward of each response, see :func:`ctrl_dpo.transform.transformed_rewards`;
+        ``"posterior"`` is the default of every other transformation.
     against : str or Procedure, optional
         Procedure on the reference policy's side; by default the same.
     **map_options
@@ -98,8 +103,7 @@ def relabel(
     found = groups.column_names or list(next(iter(groups)))
     check_columns(found, [columns.RESPONSES], "Use to_groups first.")
     check_columns(found, [columns.REWARDS], "Run `ctrl-dpo score` first.")
-    settings = _settings(procedure, transformation, beta, target_kl, against)
-    settings["estimator"] = check_choice("estimator", estimator, ESTIMATORS)
+    settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
     settings["calibration"] = check_choice("calibration", calibration, CALIBRATIONS)
     read = [
         n for n in (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS) if n in found
@@ -113,22 +117,32 @@ def _settings(
     beta: float | None,
     target_kl: float | None,
     against: str | Procedure | None,
+    estimator: str | None,
 ) -> dict[str, Any]:
     """Return what decides the transformed rewards, beta solved for, as plain values if possible."""
     served = parse_procedure(procedure)
     opponent = None if against is None else parse_procedure(against)
+    is_optimal = transformation == "optimal"
     if check_one_of(beta=beta, target_kl=target_kl) == "beta":
         beta = check_positive("beta", beta)
     else:
-        budget = check_positive("target_kl", target_kl)
-        given = transformation
-        if transformation != "optimal":
-            given = parse_transformation(transformation)
-        beta = match_kl(given, served, budget, against=opponent)
+        target_kl = check_positive("target_kl", target_kl)
+        given = transformation if is_optimal else parse_transformation(transformation)
+        beta = match_kl(given, served, target_kl, against=opponent)
+    made: str | RankOptimal = estimator or ("rank_optimal" if is_optimal else "posterior")
+    check_choice("estimator", made, ESTIMATORS)
+    if made == "rank_optimal":
+        if not is_optimal:
+            raise ValueError(
+                f"transformation must be 'optimal' for estimator='rank_optimal'; got "
+                f"{transformation!r}. Use estimator='posterior'."
+            )
+        made = RankOptimal(served, opponent or served, beta, target_kl)
     return {
         "transformation": parse_transformation(transformation, served, beta, opponent),
         "procedure": str(served),
         "beta": beta,
+        "estimator": made,
     }
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
+METRICS = "metrics.jsonl"  # what the trainer leaves beside the adapter
 
 _CAPTIONS = {
     "frontier.png": "Win rate against KL. No policy lies above the black curve but for noise; the "
@@ -190,7 +191,7 @@ def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dic
     half = min(map(len, reference)) // 2
     draws = np.array([row[: 2 * half] for row in reference])
     logs = {
-        name: [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open(encoding="utf-8")]
+        name: list(map(json.loads, (Path(folder) / METRICS).read_text("utf-8").splitlines()))
         for name, folder in training.items()
     }
     return {

@@ -83,10 +83,10 @@ class StageFolder:
         """
         self.path = Path(self.path)
         record_path = self.path / RECORD
-        if record_path.exists():
+        if record_path.exists() and self._holds_work():
             self._check_same_run(json.loads(record_path.read_text(encoding="utf-8")))
             return self
-        if self.path.exists() and any(self.path.iterdir()):
+        if not record_path.exists() and self.path.exists() and any(self.path.iterdir()):
             raise ValueError(
                 f"output must be a new folder or one of this run; got {str(self.path)!r}, which "
                 f"holds files but no {RECORD}. Name another folder."
@@ -94,6 +94,11 @@ class StageFolder:
         (self.path / "data" if self.n_shards else self.path).mkdir(parents=True, exist_ok=True)
         self._write_record({"complete": False})
         return self
+
+    def _holds_work(self) -> bool:
+        """Tell whether there is more than the record of a stage that failed at once."""
+        files = [path for path in self.path.rglob("*") if path.is_file()]
+        return self.is_complete or any(path.name != RECORD for path in files)
 
     def _check_same_run(self, record: Mapping[str, Any]) -> None:
         """Raise unless the record on disk has this stage, settings, inputs and shard count."""

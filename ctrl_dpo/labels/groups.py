@@ -10,6 +10,7 @@ import pyarrow as pa
 from ctrl_dpo.calibrate import count_below_and_tied
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.ragged import FloatArray, IntArray, Ragged, lengths_of, read_floats, to_lists
+from ctrl_dpo.theory.rank_targets import RankOptimal
 from ctrl_dpo.transform import transformed_rewards
 
 ADDED = (
@@ -29,7 +30,7 @@ def relabel_batch(
     transformation: Any,
     procedure: str,
     beta: float,
-    estimator: str,
+    estimator: str | RankOptimal,
     calibration: str,
 ) -> pa.Table:
     """Return the new columns of a batch of groups.
@@ -67,16 +68,20 @@ def relabel_batch(
     counts = count_below_and_tied(rewards.padded(), reference.padded())
     below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
     k = np.repeat(reference.lengths, rewards.lengths)
+    if isinstance(estimator, RankOptimal):
+        # these targets are log-ratios already, of normaliser 1
+        transformed, log_normaliser = beta * _rank_optimal(estimator, below, tied, k, inside), 0.0
+    else:
+        transformed = _transformed(transformation, below, tied, k, inside, estimator)
+        log_normaliser = transformation.log_normaliser(beta)
     made = {
         columns.CALIBRATED_REWARDS: _calibrated(below, tied, k, inside),
-        columns.TRANSFORMED_REWARDS: _transformed(
-            transformation, below, tied, k, inside, estimator
-        ),
+        columns.TRANSFORMED_REWARDS: transformed,
     }
     lists = {name: to_lists(values, rewards.lengths) for name, values in made.items()}
     n = len(indices)
     constant = {
-        columns.LOG_NORMALISER: pa.array(np.full(n, transformation.log_normaliser(beta))),
+        columns.LOG_NORMALISER: pa.array(np.full(n, log_normaliser)),
         columns.BETA: pa.array(np.full(n, beta)),
         columns.PROCEDURE: pa.array([procedure] * n),
         columns.TRANSFORMATION: pa.array([str(transformation)] * n),
@@ -119,4 +124,16 @@ def _transformed(
         values[chosen] = transformed_rewards(
             transformation, below[chosen], tied[chosen], int(count), inside, estimator
         )
+    return values
+
+
+def _rank_optimal(
+    wanted: RankOptimal, below: IntArray, tied: IntArray, k: IntArray, inside: bool
+) -> FloatArray:
+    """Return target log-ratios, prompts with the same number of reference draws together."""
+    values = np.empty(below.size)
+    for count in np.unique(k):
+        chosen = k == count
+        targets = wanted.targets(int(count), inside)
+        values[chosen] = targets.at(below[chosen], tied[chosen], inside)
     return values

@@ -60,7 +60,8 @@ def test_opening_again_continues_the_same_run(tmp_path):
     ],
 )
 def test_the_folder_of_another_run_is_refused(tmp_path, changes, message):
-    stage(tmp_path / "out").open()
+    started = stage(tmp_path / "out").open()
+    started.shard_path(0).write_bytes(b"work")
     with pytest.raises(ValueError, match=message):
         stage(tmp_path / "out", **changes).open()
 
@@ -128,3 +129,9 @@ def test_content_hash_follows_the_content_not_the_name(tmp_path):
     files = [content_hash(tmp_path / f"{name}.jsonl") for name in "abc"]
     assert files[0] == files[1] != files[2]
     assert content_hash("owner/name") == "hub:owner/name"
+
+
+def test_a_stage_that_failed_at_once_leaves_its_folder_free(tmp_path):
+    stage(tmp_path / "out").open()
+    other = stage(tmp_path / "out", settings={"seed": 7}).open()
+    assert read_record(other.path)["settings"] == {"seed": 7}
