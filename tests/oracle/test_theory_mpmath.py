@@ -9,7 +9,7 @@ the optimum at every beta, without a boundary-value problem. Other procedures ar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import mpmath
 import numpy as np
@@ -125,7 +125,7 @@ def march(h_terms, g_terms, sign, start_slope, stop):
         x = end
 
 
-@lru_cache(maxsize=None)
+@cache
 def universal(m, n, sign, target):
     """Return the steps of y for (m, n) up to where kappa^n y^(m-1) passes the target."""
 
