@@ -1,4 +1,4 @@
-"""What does a policy reach that is fitted to ranks among K draws, by how the ranks are labelled?
+"""What a policy reaches that is fitted to ranks among K draws, by how the ranks are labelled.
 
 A regression on targets by rank fits, with many prompts, the targets smoothed by Bernstein's kernel.
 This computes the inference-time win rate and KL of that smoothed policy, exactly, for the same

@@ -1,0 +1,108 @@
+"""The report page from records made by hand: cells, figures that are left out, refusals."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctrl_dpo.measures.plots import words
+from ctrl_dpo.report import (
+    attainment_table,
+    comparison_table,
+    frontier_rows,
+    report,
+    win_rate_table,
+)
+
+
+def estimate(value: float, spread: float = 0.05) -> dict[str, object]:
+    return {
+        "value": value,
+        "low": value - spread,
+        "high": value + spread,
+        "standard_error": spread / 2,
+        "per_prompt": [value - 0.1, value + 0.1],
+    }
+
+
+def record(name: str = "ours", **changes) -> dict[str, object]:
+    made = {
+        "name": name,
+        "n_prompts": 2,
+        "n_draws": 8,
+        "n_reference_draws": 8,
+        "tied": 0.01,
+        "confidence": 0.95,
+        "seed": 0,
+        "against": None,
+        "prompts_hash": "same",
+        "kl": estimate(0.5),
+        "length": estimate(12.0),
+        "reference_length": estimate(11.0),
+        "win_rates": {"best_of_4": estimate(0.75)},
+        "attainment": {"best_of_4": estimate(0.8)},
+    }
+    return made | changes
+
+
+def test_tables_by_hand():
+    table = win_rate_table([record()]).splitlines()
+    assert [cell.strip() for cell in table[2].split("|")[1:-1]] == [
+        "ours",
+        "0.50 (0.45 to 0.55)",
+        "75.0% (70.0% to 80.0%)",
+        "12.0 (11.9 to 12.1)",
+    ]
+    assert [cell.strip() for cell in table[3].split("|")[1:4]] == ["reference policy", "0", "50.0%"]
+    assert "0.80 (0.75 to 0.85)" in attainment_table([record()])
+
+
+def test_the_first_policy_is_compared_with_the_others():
+    other = record("baseline", win_rates={"best_of_4": estimate(0.6)})
+    line = comparison_table([record(), other]).splitlines()[2]
+    assert "ours minus baseline" in line
+    assert "+15.0%" in line
+
+
+def test_figures_without_their_numbers_are_left_out(tmp_path):
+    unmeasured = record(kl=None, attainment={}, length=None, reference_length=None)
+    page = report(tmp_path, [unmeasured]).read_text()
+    assert list(tmp_path.glob("*.png")) == []
+    assert "## Figures" not in page
+    assert "| ours   | -" in page
+
+
+def test_a_page_with_all_its_figures(tmp_path):
+    logs = {"ours": [{"step": 1, "loss": 1.0, "rewards/margins": 0.1}, {"step": 2, "loss": 0.5}]}
+    page = report(
+        tmp_path,
+        [record(), record("baseline")],
+        training_logs=logs,
+        calibrated_rewards=[[0.1, 0.5], [0.9, 0.4]],
+        k=4,
+        reference_rewards=[0.0, 1.0, 2.0],
+        policy_rewards={"ours": [1.0, 2.0, 3.0]},
+        settings={"seed": 0},
+    ).read_text()
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {"frontier.png", "rewards.png", "calibration.png", "training.png"}
+    assert '"seed": 0' in page
+    assert "baseline" in page
+
+
+def test_nothing_to_report_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold at least one record; got \[\]"):
+        report(tmp_path, [])
+
+
+def test_the_exponential_leans_with_the_procedure():
+    rows = frontier_rows(["best_of_4", "worst_of_4"], [0.5])
+    names = {(row["procedure"], row["transformation"]) for row in rows}
+    assert ("best_of_4", "exponential:10.0") in names
+    assert ("worst_of_4", "exponential:-10.0") in names
+    best = {r["transformation"]: r["win_rate"] for r in rows if r["procedure"] == "best_of_4"}
+    assert best["optimal"] == max(best.values()) > 0.5
+
+
+def test_procedures_in_words():
+    assert words("best_of_4") == "best of 4"
+    assert words("single_draw") == "one draw"
