@@ -245,11 +245,19 @@ def frontier(
     ] = None,
     rate: Annotated[float, typer.Option(help="Rate of the exponential.")] = 10.0,
     plot: Annotated[Path, typer.Option(help="Picture to write.")] = Path("frontier.png"),
+    serve: Annotated[
+        list[str] | None,
+        typer.Option(help="Also show what serving by this other procedure costs; repeatable."),
+    ] = None,
 ) -> None:
     """Print what each transformation can reach at a KL, and draw the frontier; no model needed."""
-    from ctrl_dpo.report import frontier_page
+    from ctrl_dpo.measures.planning import frontier_page, sensitivity_page
 
     typer.echo(frontier_page(procedure, kl, plot, against=against, rate=rate))
+    if serve:
+        picture = plot.with_name(f"{plot.stem}_sensitivity{plot.suffix}")
+        page = sensitivity_page([procedure, *serve], kl, picture, against=against)
+        typer.echo(f"\n{page}")
 
 
 @app.command()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +15,9 @@ from ctrl_dpo.data.columns import REWARDS
 from ctrl_dpo.data.folders import read_rows, write_atomically
 from ctrl_dpo.evaluate import compare
 from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.planning import frontier_rows
+from ctrl_dpo.measures.tables import cell, table
 from ctrl_dpo.measures.win_rates import untrained_win_rate
-from ctrl_dpo.theory.policies import frontier
-from ctrl_dpo.theory.procedures import parse_procedure
-from ctrl_dpo.transform import Exponential, Identity, Log, NormalQuantile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,78 +96,6 @@ def report(
     return page
 
 
-def frontier_rows(
-    procedures: Sequence[str],
-    kls: Sequence[float],
-    against: str | None = None,
-    rate: float = 10.0,
-) -> list[dict[str, Any]]:
-    """Tabulate the theory for several procedures: the optimum, an exponential, the identity.
-
-    Parameters
-    ----------
-    procedures : sequence of str
-        Inference-time procedures.
-    kls : sequence of float
-        KL budgets, nats per response, > 0.
-    against : str, optional
-        Procedure on the reference side, where it is not the policy's.
-    rate : float
-        Rate of the exponential, > 0; negated for procedures that do not keep the best.
-
-    Returns
-    -------
-    list of dict
-        ``procedure``, ``transformation``, ``kl``, ``beta`` and ``win_rate``, as
-        :func:`~ctrl_dpo.measures.plots.frontier_figure` takes them.
-    """
-    rows: list[dict[str, Any]] = []
-    for procedure in map(parse_procedure, procedures):
-        exponential = Exponential(rate if procedure.is_convex else -rate)
-        points = frontier(procedure, ["optimal", exponential, Identity()], kls, against)
-        rows += [{"procedure": str(procedure), **asdict(point)} for point in points]
-    return rows
-
-
-def frontier_page(
-    procedure: str, kl: float, picture: str | Path, *, against: str | None = None, rate: float = 10
-) -> str:
-    """Tabulate what every transformation reaches at one KL, and draw the frontier around it.
-
-    Parameters
-    ----------
-    procedure : str
-        Inference-time procedure.
-    kl : float
-        KL budget of the table, nats per response, > 0; the picture goes to twice that.
-    picture : str or Path
-        Image file to write.
-    against : str, optional
-        Procedure on the reference side, where it is not the policy's.
-    rate : float
-        Rate of the exponential, > 0; negated for procedures that do not keep the best.
-
-    Returns
-    -------
-    str
-        The table, as Markdown. A dash: the transformation cannot reach that KL.
-    """
-    served = parse_procedure(procedure)
-    steep = Exponential(rate if served.is_convex else -rate)
-    compared = ["optimal", steep, Identity(), Log(), NormalQuantile()]
-    points = frontier(served, compared, [kl], against)
-    rows = [
-        [p.transformation, *("-" if math.isnan(x) else f"{x:.4f}" for x in (p.beta, p.win_rate))]
-        for p in points
-    ]
-    kls = (2 * kl * np.linspace(0.02, 1, 40) ** 2).tolist()
-    title = f"What each nat of KL can buy for a policy used through {plots.words(str(served))}"
-    figure = plots.frontier_figure(frontier_rows([str(served)], kls, against, rate), (), title)
-    figure.savefig(picture, dpi=plots.DPI)
-    header = ["transformation", f"beta at {kl:g} nat", "inference-time win rate"]
-    return f"{_table(header, rows)}\n\n{picture}"
-
-
 def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dict[str, Any]:
     """Read what a report shows besides its records: draws they name, and training logs.
 
@@ -225,16 +150,16 @@ def win_rate_table(records: Sequence[Record]) -> str:
     rows = [
         [
             record["name"],
-            _cell(record["kl"], "{:.2f}"),
-            *(_cell(record["win_rates"].get(p), "{:.1%}") for p in procedures),
-            _cell(record["length"], "{:.1f}"),
+            cell(record["kl"], "{:.2f}"),
+            *(cell(record["win_rates"].get(p), "{:.1%}") for p in procedures),
+            cell(record["length"], "{:.1f}"),
         ]
         for record in records
     ]
     starts = [untrained_win_rate(p, against) for p in procedures]
-    length = _cell(records[0]["reference_length"], "{:.1f}")
+    length = cell(records[0]["reference_length"], "{:.1f}")
     rows.append(["reference policy", "0", *(f"{start:.1%}" for start in starts), length])
-    return _table(["policy", "KL (nats)", *map(plots.words, procedures), "length (tokens)"], rows)
+    return table(["policy", "KL (nats)", *map(plots.words, procedures), "length (tokens)"], rows)
 
 
 def attainment_table(records: Sequence[Record]) -> str:
@@ -252,10 +177,10 @@ def attainment_table(records: Sequence[Record]) -> str:
     """
     procedures = _procedures(records)
     rows = [
-        [record["name"], *(_cell(record["attainment"].get(p), "{:.2f}") for p in procedures)]
+        [record["name"], *(cell(record["attainment"].get(p), "{:.2f}") for p in procedures)]
         for record in records
     ]
-    return _table(["policy", *map(plots.words, procedures)], rows)
+    return table(["policy", *map(plots.words, procedures)], rows)
 
 
 def comparison_table(records: Sequence[Record]) -> str:
@@ -276,30 +201,14 @@ def comparison_table(records: Sequence[Record]) -> str:
     rows = []
     for other in others:
         found = compare(first, other)
-        cells = [_cell(found.get(p), "{:+.1%}") for p in procedures]
+        cells = [cell(found.get(p), "{:+.1%}") for p in procedures]
         rows.append([f"{first['name']} minus {other['name']}", *cells])
-    return _table(["difference of win rates", *map(plots.words, procedures)], rows)
+    return table(["difference of win rates", *map(plots.words, procedures)], rows)
 
 
 def _procedures(records: Sequence[Record]) -> list[str]:
     """List the procedures measured, in the order in which they first appear."""
     return list(dict.fromkeys(p for record in records for p in record["win_rates"]))
-
-
-def _cell(numbers: Mapping[str, float] | None, form: str) -> str:
-    """Write a value with its interval, or a dash."""
-    if numbers is None:
-        return "-"
-    value, low, high = (form.format(numbers[key]) for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a Markdown table, columns aligned so that it also reads as plain text."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def _frontier_figure(records: Sequence[Record]) -> Figure:

@@ -170,6 +170,42 @@ def _point(axis: Axes, record: Row, procedure: str, number: int) -> None:
 
 
 @_styled
+def sensitivity_figure(rows: Sequence[Row], title: str) -> Figure:
+    """Draw the win rate lost against how a policy is served, one line a training procedure.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        ``trained_for``, ``served_with`` and ``lost`` (win rate, 0 to 1), as
+        :class:`~ctrl_dpo.theory.sensitivity.SensitivityPoint` has them.
+    title : str
+        What the figure states.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        The figure.
+    """
+    figure, (axis,) = _panels(1, title)
+    names = list(dict.fromkeys(row["trained_for"] for row in rows))
+    for number, name in enumerate(names):
+        mine = [row for row in rows if row["trained_for"] == name]
+        axis.plot(
+            [words(row["served_with"]) for row in mine],
+            [100 * row["lost"] for row in mine],
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+            linestyle=DASHES[number % len(DASHES)],
+            label=f"trained for {words(name)}",
+        )
+    axis.set_xlabel("served by")
+    axis.set_ylabel("win rate lost (percentage points)")
+    axis.set_ylim(bottom=0)
+    _legend_below(figure, [axis])
+    return figure
+
+
+@_styled
 def calibration_figure(calibrated_rewards: ArrayLike, k: int | None = None) -> Figure:
     """Compare the calibrated rewards of fresh reference draws with the uniform distribution.
 

@@ -180,8 +180,10 @@ def test_an_unknown_setting_stops_training_before_the_model_is_read(runs, monkey
 
 
 def test_the_frontier_is_printed_and_drawn(tmp_path):
-    printed = command("frontier", "best_of_8", "--kl", 1, "--plot", tmp_path / "f.png")
+    words = ["--kl", 1, "--plot", tmp_path / "f.png", "--serve", "best_of_4"]
+    printed = command("frontier", "best_of_8", *words)
     assert "0.9760" in printed
+    assert (tmp_path / "f_sensitivity.png").exists()
     assert "0.0466" in printed
     assert (tmp_path / "f.png").stat().st_size > 10_000
     shutil.rmtree(tmp_path)

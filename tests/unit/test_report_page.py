@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ctrl_dpo.measures.planning import frontier_page, frontier_rows, sensitivity_page
 from ctrl_dpo.measures.plots import words
-from ctrl_dpo.report import (
-    attainment_table,
-    comparison_table,
-    frontier_rows,
-    report,
-    win_rate_table,
-)
+from ctrl_dpo.report import attainment_table, comparison_table, report, win_rate_table
 
 
 def estimate(value: float, spread: float = 0.05) -> dict[str, object]:
@@ -106,3 +101,20 @@ def test_the_exponential_leans_with_the_procedure():
 def test_procedures_in_words():
     assert words("best_of_4") == "best of 4"
     assert words("single_draw") == "one draw"
+
+
+def test_a_kl_out_of_reach_is_a_dash(tmp_path):
+    page = frontier_page("best_of_8", 5.0, tmp_path / "f.png").splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[2:5] for line in page[2:7]}
+    assert [cell.strip() for cell in cells["exponential:10.0"]] != ["-"] * 3
+    assert float(cells["optimal"][1]) > float(cells["identity"][1])
+    assert cells["optimal"][2].strip() == "5.0000"
+    assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+def test_serving_as_trained_loses_nothing(tmp_path):
+    page = sensitivity_page(["single_draw", "best_of_8"], 1.0, tmp_path / "s.png").splitlines()
+    assert page[0].split("|")[2].strip() == "one draw"
+    assert "0.8646 (-0.0000)" in page[2]
+    assert "0.7106 (-0.1540)" in page[3]
+    assert (tmp_path / "s.png").stat().st_size > 10_000

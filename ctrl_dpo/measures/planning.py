@@ -1,0 +1,132 @@
+"""What a KL can buy, before any model is run: tables and pictures of the theory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.tables import table
+from ctrl_dpo.theory.policies import frontier
+from ctrl_dpo.theory.procedures import parse_procedure
+from ctrl_dpo.theory.sensitivity import sensitivity
+from ctrl_dpo.transform import Exponential, Identity, Log, NormalQuantile
+
+
+def frontier_rows(
+    procedures: Sequence[str],
+    kls: Sequence[float],
+    against: str | None = None,
+    rate: float = 10.0,
+) -> list[dict[str, Any]]:
+    """Tabulate the theory for several procedures: the optimum, an exponential, the identity.
+
+    Parameters
+    ----------
+    procedures : sequence of str
+        Inference-time procedures.
+    kls : sequence of float
+        KL budgets, nats per response, > 0.
+    against : str, optional
+        Procedure on the reference side, where it is not the policy's.
+    rate : float
+        Rate of the exponential, > 0; negated for procedures that do not keep the best.
+
+    Returns
+    -------
+    list of dict
+        ``procedure``, ``transformation``, ``kl``, ``beta`` and ``win_rate``, as
+        :func:`~ctrl_dpo.measures.plots.frontier_figure` takes them.
+    """
+    rows: list[dict[str, Any]] = []
+    for procedure in map(parse_procedure, procedures):
+        exponential = Exponential(rate if procedure.is_convex else -rate)
+        points = frontier(procedure, ["optimal", exponential, Identity()], kls, against)
+        rows += [{"procedure": str(procedure), **asdict(point)} for point in points]
+    return rows
+
+
+def frontier_page(
+    procedure: str, kl: float, picture: str | Path, *, against: str | None = None, rate: float = 10
+) -> str:
+    """Tabulate what every transformation reaches at one KL, and draw the frontier around it.
+
+    Parameters
+    ----------
+    procedure : str
+        Inference-time procedure.
+    kl : float
+        KL budget of the table, nats per response, > 0; the picture goes to twice that.
+    picture : str or Path
+        Image file to write.
+    against : str, optional
+        Procedure on the reference side, where it is not the policy's.
+    rate : float
+        Rate of the exponential, > 0; negated for procedures that do not keep the best.
+
+    Returns
+    -------
+    str
+        The table, as Markdown. A dash: the transformation cannot reach that KL.
+    """
+    served = parse_procedure(procedure)
+    steep = Exponential(rate if served.is_convex else -rate)
+    points = frontier(
+        served, ["optimal", steep, Identity(), Log(), NormalQuantile()], [kl], against
+    )
+    rows = [
+        [point.transformation, *map(_number, (point.beta, point.win_rate, point.kl))]
+        if not math.isnan(point.beta)
+        else [point.transformation, "-", "-", "-"]
+        for point in points
+    ]
+    kls = (2 * kl * np.linspace(0.02, 1, 40) ** 2).tolist()
+    title = f"What each nat of KL can buy for a policy used through {plots.words(str(served))}"
+    figure = plots.frontier_figure(frontier_rows([str(served)], kls, against, rate), (), title)
+    figure.savefig(picture, dpi=plots.DPI)
+    header = ["transformation", "beta", "inference-time win rate", "KL (nats)"]
+    return f"{table(header, rows)}\n\n{picture}"
+
+
+def sensitivity_page(
+    procedures: Sequence[str], kl: float, picture: str | Path, *, against: str | None = None
+) -> str:
+    """Tabulate and draw what it costs to serve by another procedure than one trained for.
+
+    Parameters
+    ----------
+    procedures : sequence of str
+        Inference-time procedures, to train for and to serve by.
+    kl : float
+        KL of every policy, nats per response, > 0.
+    picture : str or Path
+        Image file to write.
+    against : str, optional
+        Procedure on the reference side, where it is not the one served.
+
+    Returns
+    -------
+    str
+        The table, as Markdown: win rate, and the loss to the policy trained for that procedure.
+    """
+    points = sensitivity(procedures, kl, against)
+    names = list(dict.fromkeys(point.trained_for for point in points))
+    cells = {p: f"{p.win_rate:.4f} (-{p.lost:.4f})" for p in points}
+    rows = [
+        [plots.words(name), *(text for p, text in cells.items() if p.trained_for == name)]
+        for name in names
+    ]
+    title = f"What serving a policy of {kl:g} nat by another procedure costs"
+    figure = plots.sensitivity_figure([asdict(p) | {"lost": p.lost} for p in points], title)
+    figure.savefig(picture, dpi=plots.DPI)
+    header = ["trained for, served by", *map(plots.words, names)]
+    return f"{table(header, rows)}\n\n{picture}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
