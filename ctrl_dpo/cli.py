@@ -118,7 +118,9 @@ def relabel(
     beta: Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")] = None,
     estimator: Annotated[
         str | None,
-        typer.Option(help="rank_optimal (default of optimal), posterior (of others) or plug_in."),
+        typer.Option(
+            help="rank_optimal (default of optimal), posterior (of others), plug_in or levels."
+        ),
     ] = None,
     pairs: Annotated[
         str | None,

@@ -14,7 +14,7 @@ from ctrl_dpo._validation import (
     check_positive,
 )
 from ctrl_dpo.data import columns
-from ctrl_dpo.labels.groups import ADDED, relabel_batch
+from ctrl_dpo.labels.groups import ADDED, LEVELS, relabel_batch
 from ctrl_dpo.labels.pairs import TIES, pair_batch, parse_strategy, select_pairs
 from ctrl_dpo.theory.policies import match_kl
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CALIBRATIONS = ("empirical",)
-ESTIMATORS = ("rank_optimal", "posterior", "plug_in")
+ESTIMATORS = ("rank_optimal", "posterior", "plug_in", LEVELS)
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
 _TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
@@ -63,12 +63,14 @@ def relabel(
         KL budget in nats per response, from which beta follows.
     calibration : str
         How calibrated rewards are estimated: ``"empirical"``.
-    estimator : {"rank_optimal", "posterior", "plug_in"}, optional
+    estimator : {"rank_optimal", "posterior", "plug_in", "levels"}, optional
         How ranks among few draws become transformed rewards. ``"rank_optimal"``, the default of
         ``"optimal"``: such that the policy fitted to them is optimal and has the KL budget, see
         :func:`ctrl_dpo.theory.rank_targets.rank_targets`. The others estimate the transformed
         reward of each response, see :func:`ctrl_dpo.transform.transformed_rewards`;
-        ``"posterior"`` is the default of every other transformation.
+        ``"posterior"`` is the default of every other transformation. ``"levels"`` is for rewards
+        of few values, such as verifiers and ratings: equal rewards are one level, with the share
+        of the prompt's reference draws as its mass, and a normaliser for each prompt.
     against : str or Procedure, optional
         Procedure on the reference policy's side; by default the same.
     **map_options
@@ -123,7 +125,13 @@ def _settings(
     served = parse_procedure(procedure)
     opponent = None if against is None else parse_procedure(against)
     is_optimal = transformation == "optimal"
-    if check_one_of(beta=beta, target_kl=target_kl) == "beta":
+    given_as = check_one_of(beta=beta, target_kl=target_kl)
+    if estimator == LEVELS and given_as != "beta":
+        raise ValueError(
+            f"beta must be given for estimator='levels'; got target_kl={target_kl!r}. What KL a "
+            "beta leads to depends on every prompt's levels."
+        )
+    if given_as == "beta":
         beta = check_positive("beta", beta)
     else:
         target_kl = check_positive("target_kl", target_kl)

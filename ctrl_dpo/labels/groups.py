@@ -10,9 +10,11 @@ import pyarrow as pa
 from ctrl_dpo.calibrate import count_below_and_tied
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.ragged import FloatArray, IntArray, Ragged, lengths_of, read_floats, to_lists
+from ctrl_dpo.labels.levels import level_labels
 from ctrl_dpo.theory.rank_targets import RankOptimal
 from ctrl_dpo.transform import transformed_rewards
 
+LEVELS = "levels"
 ADDED = (
     columns.CALIBRATED_REWARDS,
     columns.TRANSFORMED_REWARDS,
@@ -68,9 +70,13 @@ def relabel_batch(
     counts = count_below_and_tied(rewards.padded(), reference.padded())
     below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
     k = np.repeat(reference.lengths, rewards.lengths)
+    log_normaliser: float | FloatArray
     if isinstance(estimator, RankOptimal):
         # these targets are log-ratios already, of normaliser 1
-        transformed, log_normaliser = beta * _rank_optimal(estimator, below, tied, k, inside), 0.0
+        transformed = beta * _rank_optimal(estimator, below, tied, k, inside)
+        log_normaliser = 0.0
+    elif estimator == LEVELS:
+        transformed, log_normaliser = level_labels(transformation, rewards, reference, beta)
     else:
         transformed = _transformed(transformation, below, tied, k, inside, estimator)
         log_normaliser = transformation.log_normaliser(beta)
@@ -81,7 +87,7 @@ def relabel_batch(
     lists = {name: to_lists(values, rewards.lengths) for name, values in made.items()}
     n = len(indices)
     constant = {
-        columns.LOG_NORMALISER: pa.array(np.full(n, log_normaliser)),
+        columns.LOG_NORMALISER: pa.array(np.broadcast_to(log_normaliser, n).copy()),
         columns.BETA: pa.array(np.full(n, beta)),
         columns.PROCEDURE: pa.array([procedure] * n),
         columns.TRANSFORMATION: pa.array([str(transformation)] * n),

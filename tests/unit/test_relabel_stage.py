@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
-from ctrl_dpo import match_kl, pairs, relabel
+from ctrl_dpo import match_kl, optimal_discrete_policy, pairs, relabel
 from ctrl_dpo.labels.pairs import PairStrategy, parse_strategy
 from ctrl_dpo.relabel import count_pairs
 
@@ -139,6 +139,7 @@ def test_bad_rows_are_named(data, error, message):
         ({"beta": -1.0}, "beta must be finite and > 0; got -1.0"),
         ({"target_kl": float("nan")}, "target_kl must be finite and > 0; got nan"),
         ({"beta": 1.0, "estimator": "best"}, "estimator must be one of .*; got 'best'"),
+        ({"target_kl": 1.0, "estimator": "levels"}, "beta must be given for .*; got target_kl=1.0"),
         ({"beta": 1.0, "calibration": "magic"}, "calibration must be one of .*; got 'magic'"),
     ],
 )
@@ -212,3 +213,21 @@ def test_strategies_are_parsed():
     for bad in ("best", "random", "random:0", "random:x", "margin", "margin:-1", "all:3"):
         with pytest.raises(ValueError, match=f"strategy must be one of .*; got '{bad}'"):
             parse_strategy(bad)
+
+
+def test_levels_are_the_exact_discrete_optimum_of_each_prompt():
+    # a verifier that passed 1 of 4, all of 2, and 2 of 4 of another prompt's reference draws
+    data = groups([0, 1, 0, 0], [1, 1])
+    made = relabel(data, procedure="best_of_4", beta=0.2, estimator="levels")
+    first = optimal_discrete_policy([0.75, 0.25], [0, 1], "best_of_4", 0.2)
+    low, high = first.transformed_rewards
+    assert made["transformed_rewards"][0] == pytest.approx([low, high, low, low], abs=1e-14)
+    assert made["log_normaliser"][:] == pytest.approx([first.log_normaliser, 0.0], abs=1e-14)
+    assert made["transformed_rewards"][1] == pytest.approx([0.0, 0.0], abs=1e-14)
+
+    other = groups([1, 0], reference_rewards=[[0, 1, 1, 0, 0, 0]])
+    (row,) = relabel(other, procedure="best_of_4", beta=0.2, estimator="levels")
+    policy = optimal_discrete_policy([4 / 6, 2 / 6], [0, 1], "best_of_4", 0.2)
+    wanted = policy.transformed_rewards[::-1]
+    assert row["transformed_rewards"] == pytest.approx(wanted, abs=1e-14)
+    assert row["log_normaliser"] == pytest.approx(policy.log_normaliser, abs=1e-14)
