@@ -27,6 +27,7 @@ Output = Annotated[Path, typer.Option(help="Folder to write; finished work in it
 Procedure = Annotated[
     str, typer.Option(help="How the model will be used: single_draw, best_of_4, worst_of_8, ...")
 ]
+Layout = Annotated[str, typer.Option(help="Layout of the data; found by its columns by default.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
 
 
@@ -76,6 +77,7 @@ def score(
     groups: Annotated[str, typer.Argument(help="Stage folder or file with prompt, responses.")],
     reward: Annotated[str, typer.Option(help="Sequence-classification model, or module:function.")],
     output: Output,
+    layout: Layout = "auto",
     batch_size: Annotated[int, typer.Option(help="Responses per forward pass.")] = 16,
     cache: Annotated[
         Path | None, typer.Option(help="File of scores; default: beside the output.")
@@ -83,6 +85,7 @@ def score(
 ) -> None:
     """Add a reward to every response."""
     from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.data.layouts import read_groups
     from ctrl_dpo.score import load_reward
     from ctrl_dpo.score import score as run
 
@@ -97,8 +100,9 @@ def score(
 
     def make() -> tuple[Any, dict[str, Any]]:
         store.parent.mkdir(parents=True, exist_ok=True)
-        scored = run(read_rows(groups), model, batch_size=batch_size, cache=store)
-        return scored, _reward_summary(scored["rewards"])
+        found, report = read_groups(read_rows(groups), layout)
+        scored = run(found, model, batch_size=batch_size, cache=store)
+        return scored, {"layout": report.layout} | _reward_summary(scored["rewards"])
 
     run_once(folder, make)
     _finished(output)
@@ -127,10 +131,21 @@ def relabel(
         typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
     ] = None,
     ties: Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")] = "drop",
+    layout: Layout = "auto",
+    column: Annotated[
+        list[str] | None, typer.Option(help="OURS=THEIRS, such as rewards=scores; repeatable.")
+    ] = None,
+    invalid: Annotated[
+        str, typer.Option(help="Rows that break the rules: error or drop.")
+    ] = "error",
+    ranks_as_rewards: Annotated[
+        bool, typer.Option(help="Accept ranks, which tell the order only, as rewards.")
+    ] = False,
     num_proc: Annotated[int | None, typer.Option(help="Processes.")] = None,
 ) -> None:
     """Calibrate and transform rewards into training targets: groups, or pairs with margins."""
     from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.data.layouts import read_groups
     from ctrl_dpo.relabel import count_pairs
     from ctrl_dpo.relabel import pairs as make_pairs
     from ctrl_dpo.relabel import relabel as run
@@ -144,10 +159,18 @@ def relabel(
         "pairs": pairs,
         "ties": ties,
     }
+    columns = dict(part.split("=", 1) for part in column or []) or None
+    reading: dict[str, Any] = {
+        "layout": layout,
+        "columns": columns,
+        "invalid": invalid,
+        "ranks_as_rewards": ranks_as_rewards,
+    }
 
     def make() -> tuple[Any, dict[str, Any]]:
+        groups, report = read_groups(read_rows(source), num_proc=num_proc, **reading)
         made = run(
-            read_rows(source),
+            groups,
             procedure=procedure,
             transformation=transformation,
             beta=beta,
@@ -155,12 +178,13 @@ def relabel(
             estimator=estimator,
             num_proc=num_proc,
         )
-        beta_used = {"beta": made[0]["beta"]}
+        summary = report.summary() | {"beta": made[0]["beta"]}
         if pairs is None:
-            return made, {"groups": len(made)} | beta_used
-        return make_pairs(made, pairs, ties=ties), count_pairs(made, pairs, ties=ties) | beta_used
+            return made, summary
+        return make_pairs(made, pairs, ties=ties), summary | count_pairs(made, pairs, ties=ties)
 
-    run_once(StageFolder(output, "relabel", settings, {"source": content_hash(source)}), make)
+    folder = StageFolder(output, "relabel", settings | reading, {"source": content_hash(source)})
+    run_once(folder, make)
     _finished(output)
 
 

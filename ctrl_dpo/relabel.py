@@ -104,7 +104,7 @@ def relabel(
     """
     found = groups.column_names or list(next(iter(groups)))
     check_columns(found, [columns.RESPONSES], "Use to_groups first.")
-    check_columns(found, [columns.REWARDS], "Run `ctrl-dpo score` first.")
+    check_columns(found, [columns.REWARDS], "Run `ctrl-dpo score` first: these are unscored.")
     settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
     settings["calibration"] = check_choice("calibration", calibration, CALIBRATIONS)
     read = [

@@ -1,0 +1,229 @@
+"""One row of each public layout -> prompt, responses and rewards."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ctrl_dpo.data.messages import check_messages, check_text, is_messages
+
+Row = Mapping[str, Any]
+Group = dict[str, Any]
+
+# the weights of HelpSteer2's own 70B reward model (Wang et al., arXiv:2406.08673): verbosity counts
+# against a response
+HELPSTEER_WEIGHTS = {
+    "helpfulness": 0.65,
+    "correctness": 0.8,
+    "coherence": 0.45,
+    "complexity": 0.55,
+    "verbosity": -0.4,
+}
+_TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class DroppedRow(ValueError):  # noqa: N818 (a row is dropped by rule, which is no error)
+    """A row that the rules leave out; its text is the reason that is counted."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A public dataset layout.
+
+    Parameters
+    ----------
+    name : str
+        How it is called.
+    required : tuple of str
+        Columns it is known by.
+    read : callable
+        Row to group.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    read: Callable[[Row], Group]
+
+
+def to_float(name: str, value: object, place: str = "") -> float:
+    """Return a finite number, also from text such as ``"4"``, or raise."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} must be a number; got {value!r}{place}. Mend or drop it."
+        ) from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite; got {value!r}{place}. Score it again.")
+    return number
+
+
+def _numbers(name: str, values: Sequence[object]) -> list[float]:
+    return [to_float(name, value, f" at response {i}") for i, value in enumerate(values)]
+
+
+def _first(row: Row, *names: str) -> Any:
+    """Return the first of these columns that the row has."""
+    found = [name for name in names if row.get(name) is not None]
+    if not found:
+        raise ValueError(f"a prompt must be in one of {list(names)}; got none of them.")
+    return row[found[0]]
+
+
+def read_canonical(row: Row) -> Group:
+    """Read ``prompt, responses[, rewards, reference_rewards, ...]``."""
+    group = dict(row)
+    group["responses"] = list(row["responses"])
+    for name in ("rewards", "reference_rewards", "reference_logps"):
+        if row.get(name) is not None:
+            group[name] = _numbers(name, row[name])
+    return group
+
+
+def read_scored_list(responses: str, *scores: str) -> Callable[[Row], Group]:
+    """Return the reader of a list of responses beside a list of scores."""
+
+    def read(row: Row) -> Group:
+        group = {"prompt": _first(row, "prompt", "instruction"), "responses": row[responses]}
+        given = [name for name in scores if row.get(name) is not None]
+        if given:
+            group["rewards"] = _numbers(given[0], row[given[0]])
+        return group
+
+    return read
+
+
+def read_ultrafeedback(row: Row) -> Group:
+    """Read ``completions``: a list of ``{response, overall_score}``."""
+    texts = [c["response"] for c in row["completions"]]
+    scores = [c.get("overall_score") for c in row["completions"]]
+    return {
+        "prompt": _first(row, "prompt", "instruction"),
+        "responses": texts,
+        "rewards": _numbers("overall_score", scores),
+    }
+
+
+def read_nectar(row: Row) -> Group:
+    """Read ``answers``: a list of ``{answer, rank}``, rank 1 the best."""
+    prompt = row["prompt"]
+    turns = _dialogue(prompt) if prompt.startswith("\n\nHuman:") else []
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns.pop()  # Nectar's prompts end in an open assistant turn
+    return {
+        "prompt": turns or prompt,
+        "responses": [a["answer"] for a in row["answers"]],
+        "rewards": [-x for x in _numbers("rank", [a["rank"] for a in row["answers"]])],
+    }
+
+
+def read_helpsteer(weights: Mapping[str, float]) -> Callable[[Row], Group]:
+    """Return the reader of one response with attributes; rows of one prompt are merged later."""
+
+    def read(row: Row) -> Group:
+        reward = sum(weight * to_float(name, row[name]) for name, weight in weights.items())
+        return {"prompt": row["prompt"], "responses": [row["response"]], "rewards": [reward]}
+
+    return read
+
+
+def read_pairs(row: Row) -> Group:
+    """Read TRL's pairs, standard or conversational, with explicit or implicit prompt."""
+    sides = [row["chosen"], row["rejected"]]
+    if is_messages(sides[0]) != is_messages(sides[1]):
+        raise ValueError(f"chosen and rejected must be of one kind; got {sides!r}.")
+    if is_messages(sides[0]):
+        prompt, texts = _split_conversations(row.get("prompt"), sides)
+    elif row.get("prompt") is not None:
+        prompt, texts = row["prompt"], sides
+    else:
+        prompt, texts = _split_texts(sides)
+    group: Group = {"prompt": prompt, "responses": texts}
+    if row.get("score_chosen") is not None and row.get("score_rejected") is not None:
+        scores = [row["score_chosen"], row["score_rejected"]]
+        group["rewards"] = _numbers("score", scores)
+    return group
+
+
+def read_hh(row: Row) -> Group:
+    """Read Anthropic's dialogues: two texts of turns that share all but the last."""
+    sides = [_dialogue(row[name]) for name in ("chosen", "rejected")]
+    prompt, texts = _split_conversations(None, sides)
+    return {"prompt": prompt, "responses": texts}
+
+
+def _dialogue(text: object) -> list[dict[str, str]]:
+    r"""Split a text at ``\n\nHuman:`` and ``\n\nAssistant:``."""
+    pieces = _TURN.split(check_text("dialogue", text))
+    if pieces[0].strip() or len(pieces) < 3:
+        raise ValueError(f"a dialogue must start with '\\n\\nHuman:'; got {str(text)[:40]!r}.")
+    turns = list(zip(pieces[1::2], pieces[2::2], strict=True))
+    messages: list[dict[str, str]] = []
+    for speaker, content in turns:
+        role = _ROLES[speaker]
+        if messages and messages[-1]["role"] == role:
+            # people write on without waiting: one turn of several paragraphs
+            messages[-1]["content"] += "\n\n" + content
+        else:
+            messages.append({"role": role, "content": content})
+    return messages
+
+
+def _split_conversations(prompt: Any, sides: Sequence[Any]) -> tuple[Any, list[str]]:
+    """Split at message level: the last message of each side is the response."""
+    conversations = [check_messages(side) for side in sides]
+    for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{name} must end in an assistant message; got {messages[-1]['role']!r}."
+            )
+    before = [messages[:-1] for messages in conversations]
+    if before[0] != before[1]:
+        raise DroppedRow("chosen and rejected answer different conversations")
+    given = check_messages(prompt) if is_messages(prompt) and prompt else []
+    whole = before[0] if before[0][: len(given)] == given else given + before[0]
+    if not whole and isinstance(prompt, str):
+        return prompt, [messages[-1]["content"] for messages in conversations]
+    return whole, [messages[-1]["content"] for messages in conversations]
+
+
+def _split_texts(sides: Sequence[Any]) -> tuple[str, list[str]]:
+    """Split two texts after the last line break, else space, of their common beginning."""
+    texts = [check_text("pair", side) for side in sides]
+    # the shorter may be the beginning of the longer, and both must keep a response
+    shortest = min(map(len, texts)) - 1
+    same = next((i for i in range(shortest) if texts[0][i] != texts[1][i]), max(shortest, 0))
+    head = texts[0][:same]
+    cut = max(head.rfind("\n"), head.rfind(" ")) + 1
+    if cut == 0:
+        raise DroppedRow("chosen and rejected share no prompt")
+    return texts[0][:cut], [text[cut:] for text in texts]
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("canonical", ("prompt", "responses"), read_canonical),
+        Layout(
+            "all_generated_responses",
+            ("prompt", "all_generated_responses"),
+            read_scored_list("all_generated_responses", "all_rm_scores", "scores"),
+        ),
+        Layout(
+            "distilabel", ("generations", "ratings"), read_scored_list("generations", "ratings")
+        ),
+        Layout("ultrafeedback", ("completions",), read_ultrafeedback),
+        Layout("nectar", ("prompt", "answers"), read_nectar),
+        Layout(
+            "helpsteer2",
+            ("prompt", "response", *HELPSTEER_WEIGHTS),
+            read_helpsteer(HELPSTEER_WEIGHTS),
+        ),
+        Layout("pairs", ("chosen", "rejected"), read_pairs),
+        Layout("hh", ("chosen", "rejected"), read_hh),
+    )
+}

@@ -1,0 +1,316 @@
+"""Public dataset layouts -> scored groups, with a report of what happened to every row."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ctrl_dpo._validation import check_choice, check_columns
+from ctrl_dpo.data import columns as names
+from ctrl_dpo.data.layout_rows import (
+    HELPSTEER_WEIGHTS,
+    LAYOUTS,
+    DroppedRow,
+    Group,
+    read_helpsteer,
+)
+from ctrl_dpo.data.messages import check_prompt, check_text, prompt_key
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+INVALID = ("error", "drop")
+_PAIRED = ("pairs", "hh")  # their columns are also in datasets that hold more responses
+_RANKED = ("nectar",)
+_PASSED = (
+    names.REFERENCE_REWARDS,
+    names.REFERENCE_LOGPS,
+    names.RESPONSE_IDS,
+    names.FINISHED,
+    names.SAMPLER_LOGPS,
+)
+_REASON = "dropped_reason"
+_SHOWN = 5
+
+
+@dataclass
+class LayoutReport:
+    """What :func:`read_groups` made of a dataset.
+
+    Parameters
+    ----------
+    layout : str
+        The layout that was read.
+    rows, groups : int
+        Rows in and groups out.
+    dropped : dict of str to list of int
+        Row numbers by reason.
+    counts : dict of str to int
+        What else was seen: ``merged_rows`` (rows added to an earlier one of the same prompt),
+        ``reordered_pairs`` (the rejected response has the higher reward), ``duplicate_responses``,
+        ``single_response_groups``, ``whitespace_only_responses``, ``unscored_groups``.
+    """
+
+    layout: str
+    rows: int
+    groups: int = 0
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Return counts as one flat mapping, reasons with the first row numbers."""
+        lost = {
+            f"dropped: {reason}": f"{len(rows)}, first at rows {rows[:_SHOWN]}"
+            for reason, rows in self.dropped.items()
+        }
+        seen = {name: count for name, count in self.counts.items() if count}
+        return {"layout": self.layout, "rows": self.rows, "groups": self.groups, **seen, **lost}
+
+
+def to_groups(dataset: Dataset, layout: str = "auto", **options: Any) -> Dataset:
+    """Convert any supported layout to scored groups; see :func:`read_groups`.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Rows in a layout of :data:`ctrl_dpo.data.layout_rows.LAYOUTS`.
+    layout : str
+        Its name; ``"auto"`` detects it from the columns.
+    **options
+        See :func:`read_groups`.
+
+    Returns
+    -------
+    Dataset
+        ``prompt``, ``responses``, and ``rewards`` where the layout has them; the report is logged.
+
+    Examples
+    --------
+    >>> from datasets import Dataset
+    >>> rows = {"instruction": ["Hi"], "generations": [["a", "b"]], "ratings": [["4", "2"]]}
+    >>> to_groups(Dataset.from_dict(rows))[0]
+    {'prompt': 'Hi', 'responses': ['a', 'b'], 'rewards': [4.0, 2.0]}
+    """
+    groups, report = read_groups(dataset, layout, **options)
+    logger.info("%s", report.summary())
+    return groups
+
+
+def read_groups(
+    dataset: Dataset,
+    layout: str = "auto",
+    *,
+    columns: Mapping[str, str] | None = None,
+    invalid: str = "error",
+    ranks_as_rewards: bool = False,
+    attribute_weights: Mapping[str, float] | None = None,
+    **map_options: Any,
+) -> tuple[Dataset, LayoutReport]:
+    """Convert any supported layout to scored groups and report on every row.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Rows in a layout of :data:`ctrl_dpo.data.layout_rows.LAYOUTS`.
+    layout : str
+        Its name; ``"auto"`` detects it from the columns.
+    columns : mapping of str to str, optional
+        Our name to the dataset's, such as ``{"responses": "candidates", "rewards": "scores"}``,
+        for datasets in no known layout.
+    invalid : {"error", "drop"}
+        Whether a row that breaks the rules stops the run, or is dropped and counted.
+    ranks_as_rewards : bool
+        Take ranks, 1 the best, for rewards (Nectar). Calibrated rewards need the order only.
+    attribute_weights : mapping of str to float, optional
+        Weights that make one reward of HelpSteer2's attributes.
+    **map_options
+        For ``datasets.map``, such as ``num_proc=4``.
+
+    Returns
+    -------
+    groups : Dataset
+        ``prompt``, ``responses``, and where the layout has them ``rewards``,
+        ``reference_rewards``, ``reference_logps`` and the library's other columns.
+    report : LayoutReport
+        What happened to the rows.
+
+    Raises
+    ------
+    ValueError
+        If there is no row, the layout is unknown or ambiguous, a row breaks the rules, or every
+        row was dropped.
+
+    Notes
+    -----
+    Rows of equal prompts are merged in the layout ``helpsteer2``, which has one response a row;
+    elsewhere they stay groups of their own.
+    """
+    if len(dataset) == 0:
+        raise ValueError("dataset must have at least one row; got 0. Check the file and filters.")
+    check_choice("invalid", invalid, INVALID)
+    if columns is not None:
+        dataset = _renamed(dataset, columns)
+    found = _detected(dataset) if layout == "auto" else check_choice("layout", layout, LAYOUTS)
+    check_columns(dataset.column_names, LAYOUTS[found].required, f"Layout {found!r} needs it.")
+    if found in _RANKED and not ranks_as_rewards:
+        raise ValueError(
+            f"ranks_as_rewards must be True to use the ranks of layout {found!r}; got False. Ranks "
+            "tell the order of responses only: say that this is enough, or score them."
+        )
+    reader = LAYOUTS[found].read
+    if found == "helpsteer2":
+        reader = read_helpsteer(attribute_weights or HELPSTEER_WEIGHTS)
+    passed = [n for n in dataset.column_names if found == "canonical" or n in _PASSED]
+    read = _RowReader(reader, invalid, [n for n in passed if n not in LAYOUTS[found].required])
+    return _read_rows(dataset, read, LayoutReport(found, len(dataset)), map_options)
+
+
+def _read_rows(
+    dataset: Dataset, read: _RowReader, report: LayoutReport, map_options: dict[str, Any]
+) -> tuple[Dataset, LayoutReport]:
+    """Judge every row, read those that pass, and count."""
+    from datasets import Features, Value
+
+    options = {"with_indices": True, "remove_columns": dataset.column_names, **map_options}
+    reason = Features({_REASON: Value("string")})
+    judged = dataset.map(read.judge, features=reason, desc=f"check {report.layout}", **options)
+    kept = []
+    for row, text in enumerate(judged[_REASON]):
+        if text is None:
+            kept.append(row)
+        else:
+            report.dropped.setdefault(text, []).append(row)
+    if not kept:
+        raise ValueError(
+            f"dataset must have a usable row; got none of {report.rows}: {report.summary()}."
+        )
+    chosen = dataset if len(kept) == len(dataset) else dataset.select(kept)
+    groups = chosen.map(read, desc=f"read {report.layout}", **options)
+    if all(values is None for values in groups[names.REWARDS]):
+        groups = groups.remove_columns([names.REWARDS])
+    if report.layout == "helpsteer2":
+        groups, report.counts["merged_rows"] = _merged(groups)
+    report.groups = len(groups)
+    report.counts |= _seen(groups, report.layout in _PAIRED)
+    return groups, report
+
+
+def _detected(dataset: Dataset) -> str:
+    """Return the only layout that the columns fit."""
+    found = dataset.column_names
+    fitting = [name for name, each in LAYOUTS.items() if set(each.required) <= set(found)]
+    wider = [name for name in fitting if name not in _PAIRED]
+    if not wider and fitting:
+        text = dataset[0]["chosen"]
+        return "hh" if isinstance(text, str) and text.startswith("\n\nHuman:") else "pairs"
+    if len(wider) == 1:
+        return wider[0]
+    if wider:
+        raise ValueError(
+            f"layout must be named where several fit; got columns {sorted(found)} of {wider}. Give "
+            f"layout={wider[0]!r}, or drop the columns of the others."
+        )
+
+    def likeness(name: str) -> float:
+        needed = LAYOUTS[name].required
+        close = [max(difflib.SequenceMatcher(None, n, f).ratio() for f in found) for n in needed]
+        return sum(close) / len(close)
+
+    nearest = max(LAYOUTS, key=likeness)
+    missing = sorted(set(LAYOUTS[nearest].required) - set(found))
+    raise ValueError(
+        f"dataset must be in a known layout; got columns {sorted(found)}. The nearest is "
+        f"{nearest!r}, which also needs {missing}. Map your columns: "
+        "columns={'prompt': ..., 'responses': ..., 'rewards': ...}."
+    )
+
+
+def _renamed(dataset: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """Give the user's columns our names, and drop what would clash with them."""
+    ours = {v for k, v in vars(names).items() if k.isupper()}
+    for ours_name, theirs in columns.items():
+        check_choice("columns key", ours_name, sorted(ours))
+        check_columns(dataset.column_names, [theirs], f"columns maps {ours_name!r} to it.")
+    clashes = [n for n in columns if n in dataset.column_names and n not in columns.values()]
+    dataset = dataset.remove_columns(clashes)
+    return dataset.rename_columns({v: k for k, v in columns.items() if k != v})
+
+
+class _RowReader:
+    """Read rows one by one; a picklable function for worker processes."""
+
+    def __init__(self, read: Callable[..., Group], invalid: str, passed: Iterable[str]) -> None:
+        self.read, self.invalid, self.passed = read, invalid, sorted(passed)
+
+    def __call__(self, row: Mapping[str, Any], index: int) -> Group:
+        """Return the group of a row."""
+        return _checked({name: row[name] for name in self.passed} | self.read(row))
+
+    def judge(self, row: Mapping[str, Any], index: int) -> dict[str, str | None]:
+        """Return why a row is dropped, None where it is not, or raise."""
+        try:
+            self(row, index)
+        except DroppedRow as reason:
+            return {_REASON: str(reason)}
+        except (ValueError, TypeError, KeyError) as error:
+            if self.invalid == "drop":
+                return {_REASON: str(error).partition(";")[0]}
+            raise ValueError(
+                f"row {index}: {error} (invalid='drop' drops such rows and counts them)"
+            ) from error
+        return {_REASON: None}
+
+
+def _checked(group: Group) -> Group:
+    """Return the group, or raise where a prompt or response is not text or lists differ."""
+    group["prompt"] = check_prompt(group["prompt"])
+    if not group["responses"]:
+        raise ValueError(f"responses must hold at least one; got {group['responses']!r}.")
+    for i, text in enumerate(group["responses"]):
+        check_text("response", text, f" at response {i}")
+    n, rewards = len(group["responses"]), group.setdefault(names.REWARDS, None)
+    if rewards is not None and len(rewards) != n:
+        raise ValueError(
+            f"rewards must have one entry per response; got {len(rewards)} for {n} responses."
+        )
+    reference = group.get(names.REFERENCE_REWARDS)
+    if reference is not None and not reference:
+        raise ValueError("reference_rewards must hold at least one; got none.")
+    return group
+
+
+def _merged(groups: Dataset) -> tuple[Dataset, int]:
+    """Join groups of equal prompts, in the order of their first rows."""
+    from datasets import Dataset
+
+    joined: dict[str, Group] = {}
+    for group in groups:
+        first = joined.setdefault(
+            prompt_key(group["prompt"]), {**group, "responses": [], "rewards": []}
+        )
+        first["responses"] = first["responses"] + group["responses"]
+        first["rewards"] = first["rewards"] + group["rewards"]
+    return Dataset.from_list(list(joined.values())), len(groups) - len(joined)
+
+
+def _seen(groups: Dataset, paired: bool) -> dict[str, int]:
+    """Count what a user should know about the groups."""
+    counts = dict.fromkeys(
+        ("duplicate_responses", "single_response_groups", "whitespace_only_responses"), 0
+    )
+    for texts in groups["responses"]:
+        counts["duplicate_responses"] += len(texts) - len(set(texts))
+        counts["single_response_groups"] += len(texts) == 1
+        counts["whitespace_only_responses"] += sum(not text.strip() for text in texts)
+    if names.REWARDS not in groups.column_names:
+        return counts | {"unscored_groups": len(groups)}
+    rewards = groups[names.REWARDS]
+    counts["unscored_groups"] = sum(values is None for values in rewards)
+    if paired:
+        counts["reordered_pairs"] = sum(r is not None and r[0] < r[1] for r in rewards)
+    return counts
