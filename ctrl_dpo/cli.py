@@ -131,6 +131,9 @@ def relabel(
         typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
     ] = None,
     ties: Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")] = "drop",
+    extremes: Annotated[
+        int | None, typer.Option(help="Keep only so many best and worst responses of each group.")
+    ] = None,
     layout: Layout = "auto",
     column: Annotated[
         list[str] | None, typer.Option(help="OURS=THEIRS, such as rewards=scores; repeatable.")
@@ -156,6 +159,7 @@ def relabel(
         "target_kl": target_kl,
         "beta": beta,
         "estimator": estimator,
+        "extremes": extremes,
         "pairs": pairs,
         "ties": ties,
     }
@@ -176,6 +180,7 @@ def relabel(
             beta=beta,
             target_kl=target_kl,
             estimator=estimator,
+            extremes=extremes,
             num_proc=num_proc,
         )
         summary = report.summary() | {"beta": made[0]["beta"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ctrl_dpo._validation import (
     check_positive,
 )
 from ctrl_dpo.data import columns
+from ctrl_dpo.labels.extremes import keep_extremes
 from ctrl_dpo.labels.groups import ADDED, LEVELS, relabel_batch
 from ctrl_dpo.labels.pairs import TIES, pair_batch, parse_strategy, select_pairs
 from ctrl_dpo.theory.policies import match_kl
@@ -40,6 +42,7 @@ def relabel(
     calibration: str = "empirical",
     estimator: str | None = None,
     against: str | Procedure | None = None,
+    extremes: int | None = None,
     **map_options: Any,
 ) -> Dataset:
     r"""Add calibrated and transformed rewards to scored groups.
@@ -73,6 +76,9 @@ def relabel(
         of the prompt's reference draws as its mass, and a normaliser for each prompt.
     against : str or Procedure, optional
         Procedure on the reference policy's side; by default the same.
+    extremes : int, optional
+        Keep only so many of the best and of the worst responses of each group, ranked among all of
+        its draws: they tell a trainer most for their tokens.
     **map_options
         For ``datasets.map``, such as ``num_proc=4`` or ``batch_size=1000``.
 
@@ -110,7 +116,11 @@ def relabel(
     read = [
         n for n in (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS) if n in found
     ]
-    return _add_columns(groups, found, read, settings, map_options)
+    made = _add_columns(groups, found, read, settings, map_options)
+    if extremes is None:
+        return made
+    count = check_integer("extremes", extremes, 1)
+    return made.map(partial(keep_extremes, count=count))
 
 
 def _settings(

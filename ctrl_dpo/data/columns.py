@@ -28,3 +28,16 @@ CHOSEN_IDS = "chosen_token_ids"  # not chosen_ids: TRL keeps its own tokens ther
 REJECTED_IDS = "rejected_token_ids"
 CHOSEN_FINISHED = "chosen_finished"
 REJECTED_FINISHED = "rejected_finished"
+
+# lists with one entry for each of RESPONSES
+PER_RESPONSE = (
+    RESPONSES,
+    REWARDS,
+    RESPONSE_IDS,
+    FINISHED,
+    SAMPLER_LOGPS,
+    POLICY_LOGPS,
+    REFERENCE_LOGPS,
+    CALIBRATED_REWARDS,
+    TRANSFORMED_REWARDS,
+)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctrl_dpo.calibrate import count_below_and_tied
+from ctrl_dpo.calibration.ranks import count_below_and_tied
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.ragged import FloatArray, IntArray, Ragged, lengths_of, read_floats, to_lists
 from ctrl_dpo.labels.levels import level_labels

@@ -231,3 +231,19 @@ def test_levels_are_the_exact_discrete_optimum_of_each_prompt():
     wanted = policy.transformed_rewards[::-1]
     assert row["transformed_rewards"] == pytest.approx(wanted, abs=1e-14)
     assert row["log_normaliser"] == pytest.approx(policy.log_normaliser, abs=1e-14)
+
+
+def test_extremes_are_ranked_among_all_draws():
+    data = groups([3.0, 1.0, 2.0, 4.0, 0.0], finished=[[True, False, True, False, True]])
+    whole = relabel(data, procedure="best_of_4", beta=0.1)
+    (row,) = relabel(data, procedure="best_of_4", beta=0.1, extremes=1)
+    assert row["responses"] == ["answer 0 3", "answer 0 4"]
+    assert row["rewards"] == [4.0, 0.0]
+    assert row["finished"] == [False, True]
+    assert row["transformed_rewards"] == [whole[0]["transformed_rewards"][i] for i in (3, 4)]
+    assert row["reference_rewards"] == [3.0, 1.0, 2.0, 4.0, 0.0]
+    # a group that is small enough stays whole, and equal targets are ordered by reward
+    (same,) = relabel(data, procedure="best_of_4", beta=0.1, extremes=3)
+    assert same["responses"] == whole[0]["responses"]
+    with pytest.raises(ValueError, match="extremes must be an integer >= 1; got 0"):
+        relabel(data, procedure="best_of_4", beta=0.1, extremes=0)
