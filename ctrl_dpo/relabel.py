@@ -32,7 +32,7 @@ _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
 _TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
 
-def relabel(
+def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     groups: Dataset,
     *,
     procedure: str | Procedure,
@@ -304,7 +304,7 @@ def count_pairs(
     settings = _pair_settings(relabelled, strategy, ties, seed)
     totals = {"groups": len(relabelled), "pairs": 0, "groups_without_pair": len(relabelled)}
     totals |= {"tied_pairs": 0, "duplicate_responses": 0}
-    numbers = relabelled.select_columns([columns.RESPONSES, columns.TRANSFORMED_REWARDS])
+    numbers = relabelled.select_columns([columns.RESPONSES, *_LISTS])
     start = 0
     for table in numbers.with_format("arrow").iter(batch_size=1000):
         found = select_pairs(table, list(range(start, start + len(table))), **settings)
@@ -318,7 +318,7 @@ def count_pairs(
 
 def _pair_settings(relabelled: Dataset, strategy: str, ties: str, seed: int) -> dict[str, Any]:
     """Check the arguments of :func:`pairs`."""
-    required = [columns.PROMPT, columns.RESPONSES, columns.TRANSFORMED_REWARDS, columns.BETA]
+    required = [columns.PROMPT, columns.RESPONSES, *_LISTS, columns.BETA]
     check_columns(relabelled.column_names, required, "Call relabel first.")
     return {
         "strategy": parse_strategy(strategy),

@@ -27,13 +27,11 @@ def keep_extremes(group: Mapping[str, Any], count: int) -> dict[str, Any]:
     Examples
     --------
     >>> group = {"responses": list("abcd"), "rewards": [3, 1, 2, 4]}
-    >>> keep_extremes(group | {"transformed_rewards": [3, 1, 2, 4]}, 1)["responses"]
+    >>> keep_extremes(group, 1)["responses"]
     ['b', 'd']
     """
     size = len(group[columns.RESPONSES])
-    values = group[columns.TRANSFORMED_REWARDS]
-    # the rewards order what the transformation leaves equal
-    order = sorted(range(size), key=lambda i: (values[i], group[columns.REWARDS][i]))
+    order = sorted(range(size), key=group[columns.REWARDS].__getitem__)
     kept = sorted({*order[:count], *order[-count:]})
     cut = {
         name: [values[i] for i in kept]

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ctrl_dpo._validation import check_choice, check_integer
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.ragged import FloatArray, IntArray, lengths_of, read_floats
+from ctrl_dpo.data.ragged import FloatArray, IntArray, read_floats
 
 STRATEGIES = ("best_worst", "adjacent", "all", "random:N", "margin:T")
 TIES = ("drop", "keep")
@@ -105,7 +105,8 @@ def select_pairs(
     Parameters
     ----------
     table : pyarrow.Table
-        ``responses`` and ``transformed_rewards``.
+        ``responses``, ``transformed_rewards`` and ``calibrated_rewards``, which order responses of
+        equal transformed rewards.
     indices : list of int
         Row numbers in the dataset: they seed ``random:N``, so that batching changes nothing.
     strategy : PairStrategy
@@ -121,7 +122,7 @@ def select_pairs(
         Pairs ordered by row.
     """
     phi = read_floats(table, columns.TRANSFORMED_REWARDS, indices)
-    lengths_of(table, columns.RESPONSES, indices)
+    finer = read_floats(table, columns.CALIBRATED_REWARDS, indices).values
     # equal codes are equal texts, so comparing them needs no Python string
     texts = pc.list_flatten(_one_array(table, columns.RESPONSES)).dictionary_encode()
     codes = texts.indices.to_numpy(zero_copy_only=False)
@@ -129,7 +130,7 @@ def select_pairs(
     for size in np.unique(phi.lengths[phi.lengths > 1]):
         rows = np.flatnonzero(phi.lengths == size)
         cells = phi.offsets[rows][:, None] + np.arange(size)
-        order = np.argsort(phi.values[cells], axis=1, kind="stable")
+        order = np.lexsort((finer[cells], phi.values[cells]), axis=1)
         low, high = _candidates(int(size), strategy.name)
         chosen, rejected = order[:, high], order[:, low]
         start = phi.offsets[rows][:, None]

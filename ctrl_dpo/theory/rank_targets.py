@@ -48,7 +48,8 @@ class RankTargets:
         sums = np.concatenate(([0.0], np.cumsum(self.values)))
         # a draw counts itself among the tied; a new response has one rank more than draws tied
         width = tied if inside else tied + 1
-        return np.asarray((sums[below + width] - sums[below]) / width)
+        # rounded far below any meaning, so that ranks of equal targets stay exactly equal
+        return np.asarray(np.round((sums[below + width] - sums[below]) / width, 9))
 
 
 def rank_targets(

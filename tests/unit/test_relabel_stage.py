@@ -203,7 +203,7 @@ def test_no_pair_at_all_is_an_error():
         ValueError, match="must hold a pair of unequal responses; got .*'groups': 2"
     ):
         pairs(labelled)
-    with pytest.raises(ValueError, match="'transformed_rewards' is missing .* Call relabel first"):
+    with pytest.raises(ValueError, match="'calibrated_rewards' is missing .* Call relabel first"):
         pairs(groups([1.0, 2.0]))
 
 
@@ -247,3 +247,15 @@ def test_extremes_are_ranked_among_all_draws():
     assert same["responses"] == whole[0]["responses"]
     with pytest.raises(ValueError, match="extremes must be an integer >= 1; got 0"):
         relabel(data, procedure="best_of_4", beta=0.1, extremes=0)
+
+
+def test_best_and_worst_are_so_by_reward_where_targets_are_equal():
+    # rank targets of best-of-4 are alike for all but the highest ranks
+    data = groups([3.0, 1.0, 2.0, 4.0, 0.0])
+    labelled = relabel(data, procedure="best_of_4", target_kl=1.0)
+    assert len(set(labelled[0]["transformed_rewards"])) < 5
+    (row,) = pairs(labelled, "best_worst")
+    assert (row["chosen"], row["rejected"]) == ("answer 0 3", "answer 0 4")
+    counts = count_pairs(labelled, "all")
+    assert counts["tied_pairs"] > 0
+    assert counts["pairs"] + counts["tied_pairs"] == 10
