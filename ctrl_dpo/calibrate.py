@@ -212,7 +212,7 @@ class RewardCalibrator:
 
     def _fit_weights(self, log_weights: FloatArray) -> None:
         """Set weights and effective sample sizes, or raise."""
-        if (np.isfinite(log_weights) != np.isfinite(self.reference_)).any():
+        if not np.array_equal(np.isfinite(log_weights), np.isfinite(self.reference_)):
             raise ValueError(
                 "log_weights must have one entry per reference reward; got shapes "
                 f"{log_weights.shape} and {self.reference_.shape}, or other lengths of rows."

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float64]
 
 _LARGEST_STRENGTH = 1e4
+_DIGITS = 9  # of standardised rewards
 _PAIRS = 64  # left-out pairs of draws that the shrinkage is estimated from
 
 
@@ -126,12 +127,15 @@ def pooled_cdf(
     Returns
     -------
     ndarray
-        Never 0 or 1: a half draw is added on each side.
+        Never 0 or 1: a half draw is added on each side. Linear between the mid-ranks of residuals.
     """
-    standard = (rewards - location) / scale
-    below = np.searchsorted(residuals, standard, side="left")
-    not_above = np.searchsorted(residuals, standard, side="right")
-    return np.asarray(((below + not_above) / 2 + 0.5) / (len(residuals) + 1))
+    # interpolated between rounded values, so that rounding decides no tie
+    levels, counts = np.unique(np.round(residuals, _DIGITS), return_counts=True)
+    middle = np.cumsum(counts) - counts / 2
+    places = np.concatenate(([levels[0] - 1], levels, [levels[-1] + 1]))
+    ranks = np.concatenate(([0.0], middle, [counts.sum()]))
+    standard = np.round((rewards - location) / scale, _DIGITS)
+    return np.asarray((np.interp(standard, places, ranks) + 0.5) / (counts.sum() + 1))
 
 
 def estimate_strength(
