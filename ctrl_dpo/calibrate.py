@@ -113,8 +113,7 @@ def _checked(rewards: ArrayLike, reference_rewards: ArrayLike) -> tuple[FloatArr
     reference = check_finite("reference_rewards", reference_rewards, ndim=2)
     if len(values) != len(reference):
         raise ValueError(
-            "rewards and reference_rewards must have one row per prompt; got "
-            f"{len(values)} and {len(reference)} rows."
+            f"rewards must have one row per prompt; got {len(values)} for {len(reference)}."
         )
     if reference.shape[1] == 0:
         raise ValueError(

@@ -131,6 +131,9 @@ def relabel(
         typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
     ] = None,
     ties: Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")] = "drop",
+    calibration: Annotated[
+        str, typer.Option(help="empirical, pooled (few draws) or weighted (another policy's).")
+    ] = "empirical",
     extremes: Annotated[
         int | None, typer.Option(help="Keep only so many best and worst responses of each group.")
     ] = None,
@@ -159,6 +162,7 @@ def relabel(
         "target_kl": target_kl,
         "beta": beta,
         "estimator": estimator,
+        "calibration": calibration,
         "extremes": extremes,
         "pairs": pairs,
         "ties": ties,
@@ -180,6 +184,7 @@ def relabel(
             beta=beta,
             target_kl=target_kl,
             estimator=estimator,
+            calibration=calibration,
             extremes=extremes,
             num_proc=num_proc,
         )

@@ -14,9 +14,11 @@ from ctrl_dpo._validation import (
     check_one_of,
     check_positive,
 )
+from ctrl_dpo.calibrate import METHODS
 from ctrl_dpo.data import columns
+from ctrl_dpo.labels.datasets import add_calibrated, add_columns
 from ctrl_dpo.labels.extremes import keep_extremes
-from ctrl_dpo.labels.groups import ADDED, LEVELS, relabel_batch
+from ctrl_dpo.labels.groups import LEVELS
 from ctrl_dpo.labels.pairs import TIES, pair_batch, parse_strategy, select_pairs
 from ctrl_dpo.theory.policies import match_kl
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
@@ -26,10 +28,8 @@ from ctrl_dpo.transform import parse_transformation
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CALIBRATIONS = ("empirical",)
 ESTIMATORS = ("rank_optimal", "posterior", "plug_in", LEVELS)
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
-_TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
 
 def relabel(  # noqa: PLR0913 (each is a decision of the user's)
@@ -64,8 +64,12 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         Strength of the KL penalty, > 0. Give this or ``target_kl``.
     target_kl : float, optional
         KL budget in nats per response, from which beta follows.
-    calibration : str
-        How calibrated rewards are estimated: ``"empirical"``.
+    calibration : {"empirical", "pooled", "weighted"}
+        ``"empirical"``: ranks among the prompt's own draws. ``"pooled"``: for few draws, or none,
+        shrunk toward what all prompts share. ``"weighted"``: for responses that another policy
+        drew, by ``reference_logps`` minus ``sampler_logps``. See
+        :class:`ctrl_dpo.calibrate.RewardCalibrator`; the transformation is applied to these as
+        they are (``estimator="plug_in"``).
     estimator : {"rank_optimal", "posterior", "plug_in", "levels"}, optional
         How ranks among few draws become transformed rewards. ``"rank_optimal"``, the default of
         ``"optimal"``: such that the policy fitted to them is optimal and has the KL budget, see
@@ -111,12 +115,14 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     found = groups.column_names or list(next(iter(groups)))
     check_columns(found, [columns.RESPONSES], "Use to_groups first.")
     check_columns(found, [columns.REWARDS], "Run `ctrl-dpo score` first: these are unscored.")
+    check_choice("calibration", calibration, METHODS)
+    if calibration != "empirical":
+        estimator = check_choice("estimator", estimator or "plug_in", ["plug_in"])
     settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
-    settings["calibration"] = check_choice("calibration", calibration, CALIBRATIONS)
-    read = [
-        n for n in (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS) if n in found
-    ]
-    made = _add_columns(groups, found, read, settings, map_options)
+    if calibration == "empirical":
+        made = add_columns(groups, found, settings, map_options)
+    else:
+        made = add_calibrated(groups, found, calibration, settings)
     if extremes is None:
         return made
     count = check_integer("extremes", extremes, 1)
@@ -162,51 +168,6 @@ def _settings(
         "beta": beta,
         "estimator": made,
     }
-
-
-def _add_columns(
-    groups: Any, found: list[str], read: list[str], settings: dict[str, Any], options: Any
-) -> Any:
-    """Compute the new columns from the numeric ones, in Arrow batches, and set them beside."""
-    from datasets import Dataset, Features, Value, concatenate_datasets
-    from datasets import List as ListOf
-
-    features = Features(
-        {name: ListOf(Value("float64")) for name in _LISTS}
-        | {name: Value("float64") for name in (columns.LOG_NORMALISER, columns.BETA)}
-        | {name: Value("string") for name in _TEXTS}
-    )
-    groups = groups.remove_columns([name for name in ADDED if name in found])
-    if not isinstance(groups, Dataset):
-        return _add_to_stream(groups, features, settings)
-    if len(groups) == 0:
-        raise ValueError("groups must have at least one row; got 0. Check the file and filters.")
-    numbers = groups.select_columns(read)
-    made = numbers.with_format("arrow").map(
-        relabel_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs=settings,
-        remove_columns=read,
-        features=features,
-        **{"desc": "relabel", **options},
-    )
-    return concatenate_datasets([groups, made.with_format(None)], axis=1)
-
-
-def _add_to_stream(groups: Any, features: Any, settings: dict[str, Any]) -> Any:
-    """Add the columns to a stream, as its rows pass."""
-    known = None if groups.features is None else type(features)({**groups.features, **features})
-
-    def add(table: Any, indices: list[int]) -> Any:
-        # what a function on Arrow batches of a stream returns is all that the stream keeps
-        made = relabel_batch(table, indices, **settings)
-        for name in made.column_names:
-            table = table.append_column(name, made.column(name))
-        return table
-
-    made = groups.with_format("arrow").map(add, batched=True, with_indices=True, features=known)
-    return made.with_format(None)
 
 
 def pairs(

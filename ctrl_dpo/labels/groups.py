@@ -33,7 +33,6 @@ def relabel_batch(
     procedure: str,
     beta: float,
     estimator: str | RankOptimal,
-    calibration: str,
 ) -> pa.Table:
     """Return the new columns of a batch of groups.
 
@@ -43,7 +42,7 @@ def relabel_batch(
         ``responses``, ``rewards`` and, where there are any, ``reference_rewards``.
     indices : list of int
         Row numbers, for errors.
-    transformation, procedure, beta, estimator, calibration
+    transformation, procedure, beta, estimator
         What :func:`relabel` settled.
 
     Returns

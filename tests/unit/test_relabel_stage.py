@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
 
-from ctrl_dpo import match_kl, optimal_discrete_policy, pairs, relabel
+from ctrl_dpo import (
+    Optimal,
+    RewardCalibrator,
+    match_kl,
+    optimal_discrete_policy,
+    pairs,
+    relabel,
+)
 from ctrl_dpo.labels.pairs import PairStrategy, parse_strategy
 from ctrl_dpo.relabel import count_pairs
 
@@ -259,3 +266,34 @@ def test_best_and_worst_are_so_by_reward_where_targets_are_equal():
     counts = count_pairs(labelled, "all")
     assert counts["tied_pairs"] > 0
     assert counts["pairs"] + counts["tied_pairs"] == 10
+
+
+def test_pooled_calibration_of_a_dataset(rng):
+    rewards = [rng.normal(i % 3, size=n).tolist() for i, n in enumerate([4, 2, 5, 3] * 5)]
+    data = groups(*rewards)
+    made = relabel(data, procedure="best_of_4", beta=0.2, calibration="pooled")
+    calibrator = RewardCalibrator("pooled").fit(rewards)
+    wanted = calibrator.transform(rewards, inside=True)
+    for row, values in zip(made, wanted, strict=True):
+        known = values[: len(row["rewards"])]
+        assert row["calibrated_rewards"] == pytest.approx(known, abs=1e-12)
+        phi = Optimal("best_of_4", 0.2)(known)
+        assert row["transformed_rewards"] == pytest.approx(phi, abs=1e-9)
+    assert made.column_names == relabel(data, procedure="best_of_4", beta=0.2).column_names
+
+
+def test_weighted_calibration_of_a_dataset():
+    logs = {"reference_logps": [[-1.0, -1.5, -2.0]], "sampler_logps": [[-1.0, -1.0, -1.0]]}
+    data = groups([1.0, 2.0, 3.0], **logs)
+    (row,) = relabel(data, **IDENTITY, beta=1.0, calibration="weighted")
+    # weights 1, e^-0.5, e^-1: the middle one beats the first of the others
+    assert row["calibrated_rewards"] == pytest.approx([0.0, 1 / (1 + np.exp(-1)), 1.0])
+    assert row["transformed_rewards"] == pytest.approx(row["calibrated_rewards"])
+    with pytest.raises(ValueError, match="column 'sampler_logps' is missing"):
+        relabel(data.remove_columns("sampler_logps"), **IDENTITY, beta=1.0, calibration="weighted")
+    with pytest.raises(ValueError, match="must be finite; got -inf .* at row 0, response 0"):
+        relabel(data, procedure="best_of_4", transformation="log", beta=1.0, calibration="weighted")
+    with pytest.raises(ValueError, match="estimator must be one of .'plug_in'.; got 'posterior'"):
+        relabel(data, **IDENTITY, beta=1.0, calibration="pooled", estimator="posterior")
+    with pytest.raises(TypeError, match="must be a Dataset for calibration='pooled'; got Iter"):
+        relabel(data.to_iterable_dataset(), **IDENTITY, beta=1.0, calibration="pooled")

@@ -1,0 +1,130 @@
+"""Labels as columns of a dataset: in batches, over a stream, or from all rows at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ctrl_dpo._validation import check_columns
+from ctrl_dpo.data import columns
+from ctrl_dpo.labels.calibrated import calibrated_columns
+from ctrl_dpo.labels.groups import ADDED, relabel_batch
+
+_LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
+_TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
+
+
+def add_calibrated(groups: Any, found: list[str], method: str, settings: dict[str, Any]) -> Any:
+    """Compute the new columns from all rows at once, since they share what is learned.
+
+    Parameters
+    ----------
+    groups : Dataset
+        Scored groups.
+    found : list of str
+        Their columns.
+    method : {"pooled", "weighted"}
+        Calibrator.
+    settings : dict
+        ``transformation``, ``beta`` and ``procedure``.
+
+    Returns
+    -------
+    Dataset
+        The groups with the new columns.
+
+    Raises
+    ------
+    TypeError
+        If the groups are a stream.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    needed = [columns.REWARDS]
+    if method == "weighted":
+        needed += [columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS]
+        check_columns(found, needed, "Weights need the log-probabilities of both policies.")
+    if not isinstance(groups, Dataset):
+        raise TypeError(
+            f"groups must be a Dataset for calibration={method!r}; got {type(groups).__name__}."
+        )
+    groups = groups.remove_columns([name for name in ADDED if name in found])
+    read = [*needed, *(n for n in [columns.REFERENCE_REWARDS] if n in found)]
+    table = groups.select_columns(read).with_format("arrow")[:]
+    made = calibrated_columns(table, method, settings["transformation"])
+    beta = settings["beta"]
+    constant = {
+        columns.LOG_NORMALISER: settings["transformation"].log_normaliser(beta),
+        columns.BETA: beta,
+        columns.PROCEDURE: settings["procedure"],
+        columns.TRANSFORMATION: str(settings["transformation"]),
+    }
+    for name, value in constant.items():
+        made = made.append_column(name, [[value] * len(groups)])
+    return concatenate_datasets([groups, Dataset(made)], axis=1)
+
+
+def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options: Any) -> Any:
+    """Compute the new columns from the numeric ones, in Arrow batches, and set them beside.
+
+    Parameters
+    ----------
+    groups : Dataset or IterableDataset
+        Scored groups.
+    found : list of str
+        Their columns.
+    settings : dict
+        Arguments of :func:`ctrl_dpo.labels.groups.relabel_batch`.
+    options : dict
+        For ``datasets.map``.
+
+    Returns
+    -------
+    Dataset or IterableDataset
+        The groups with the new columns.
+
+    Raises
+    ------
+    ValueError
+        If there is no row.
+    """
+    from datasets import Dataset, Features, Value, concatenate_datasets
+    from datasets import List as ListOf
+
+    features = Features(
+        {name: ListOf(Value("float64")) for name in _LISTS}
+        | {name: Value("float64") for name in (columns.LOG_NORMALISER, columns.BETA)}
+        | {name: Value("string") for name in _TEXTS}
+    )
+    groups = groups.remove_columns([name for name in ADDED if name in found])
+    if not isinstance(groups, Dataset):
+        return _add_to_stream(groups, features, settings)
+    if len(groups) == 0:
+        raise ValueError("groups must have at least one row; got 0. Check the file and filters.")
+    needed = (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS)
+    read = [name for name in needed if name in found]
+    numbers = groups.select_columns(read)
+    made = numbers.with_format("arrow").map(
+        relabel_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs=settings,
+        remove_columns=read,
+        features=features,
+        **{"desc": "relabel", **options},
+    )
+    return concatenate_datasets([groups, made.with_format(None)], axis=1)
+
+
+def _add_to_stream(groups: Any, features: Any, settings: dict[str, Any]) -> Any:
+    """Add the columns to a stream, as its rows pass."""
+    known = None if groups.features is None else type(features)({**groups.features, **features})
+
+    def add(table: Any, indices: list[int]) -> Any:
+        # what a function on Arrow batches of a stream returns is all that the stream keeps
+        made = relabel_batch(table, indices, **settings)
+        for name in made.column_names:
+            table = table.append_column(name, made.column(name))
+        return table
+
+    made = groups.with_format("arrow").map(add, batched=True, with_indices=True, features=known)
+    return made.with_format(None)
