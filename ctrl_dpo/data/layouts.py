@@ -232,9 +232,9 @@ def _detected(dataset: Dataset) -> str:
 
 def _renamed(dataset: Dataset, columns: Mapping[str, str]) -> Dataset:
     """Give the user's columns our names, and drop what would clash with them."""
-    ours = {v for k, v in vars(names).items() if k.isupper()}
+    ours = [names.PROMPT, names.RESPONSES, names.REWARDS, *_PASSED, names.CHOSEN, names.REJECTED]
     for ours_name, theirs in columns.items():
-        check_choice("columns key", ours_name, sorted(ours))
+        check_choice("columns key", ours_name, ours)
         check_columns(dataset.column_names, [theirs], f"columns maps {ours_name!r} to it.")
     clashes = [n for n in columns if n in dataset.column_names and n not in columns.values()]
     dataset = dataset.remove_columns(clashes)
