@@ -66,6 +66,7 @@ def add_reference_logps(
     names = [_row_key(key, row) for row in rows]
     store = folder / "reference_logps.jsonl"
     known = _read(store)
+    _cut_partial_line(store)
     missing = [i for i, name in enumerate(names) if name not in known]
     # longest first: what does not fit in memory fails at once
     missing.sort(key=lambda i: -sum(map(len, rows[i]["response_ids"])))
@@ -91,6 +92,14 @@ def add_reference_logps(
 def _row_key(key: str, row: Mapping[str, Any]) -> str:
     text = json.dumps([key, row["prompt_ids"], row["response_ids"]])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _cut_partial_line(store: Path) -> None:
+    """Remove a last line without its end, so that the next entry starts a line of its own."""
+    if store.exists():
+        data = store.read_bytes()
+        with store.open("r+b") as file:
+            file.truncate(data.rfind(b"\n") + 1)
 
 
 def _read(store: Path) -> dict[str, list[float]]:

@@ -29,7 +29,7 @@ def test_the_example_trains_and_evaluates(tiny_model_folder, tmp_path, monkeypat
     code = EXAMPLE.replace("runs/quickstart/model", str(tiny_model_folder))
     code = code.replace('split="train"', 'split="train[:4]"').replace("max_steps=48", "max_steps=2")
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(code, "README.md", "exec"), names)
     result = names["result"]
     assert result["n_prompts"] == 4
     assert 0 < result["win_rates"]["best_of_4"]["value"] < 1

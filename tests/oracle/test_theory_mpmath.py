@@ -1,9 +1,9 @@
 """The exact optimum against 50-digit Taylor integration with mpmath, another method altogether.
 
-For best-of-m against best-of-n, and worst-of-m against worst-of-n from the other end, the optimality
-equation has a scaling law: with y(0) = 0, y'(0) = 1 and (log y')' = +-y^(m-1) x^(n-1), the optimum
-at beta is y(kappa x) / y(kappa) where m n / beta = kappa^n y(kappa)^(m-1). One integration of y gives
-the optimum at every beta, without a boundary-value problem. Other procedures are shot at.
+For best-of-m against best-of-n, and worst-of-m against worst-of-n from the other end, the equation
+of the optimum has a scaling law: with y(0) = 0, y'(0) = 1 and (log y')' = +-y^(m-1) x^(n-1), the
+optimum at beta is y(kappa x) / y(kappa) where m n / beta = kappa^n y(kappa)^(m-1). One integration
+of y gives the optimum at every beta, without a boundary-value problem. Other procedures are shot.
 """
 
 from __future__ import annotations

@@ -1,0 +1,207 @@
+"""The trainer on the tiny model: every input and loss, its guards, resuming, equal gradients."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
+
+from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, pairs, relabel
+
+
+def scored(count: int = 4, k: int = 3) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "prompt": [f"question {i}" for i in range(count)],
+            "responses": [[f"{'abc'[j]}{i}" * (j + 1) for j in range(k)] for i in range(count)],
+            "rewards": [[float((i + 2 * j) % 5) for j in range(k)] for i in range(count)],
+        }
+    )
+
+
+def labels(**options) -> Dataset:
+    settings = {"procedure": "single_draw", "transformation": "identity", "beta": 0.2} | options
+    return relabel(scored(), **settings)
+
+
+def trainer(tmp_path, data=None, model=None, ref_model=None, adapter=True, **settings):
+    defaults = {
+        "learning_rate": 1e-2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "lr_scheduler_type": "constant",
+    }
+    args = CTRLDPOConfig(str(tmp_path), **defaults | settings)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    return CTRLDPOTrainer(
+        model if model is not None else tiny_llama(),
+        args,
+        labels() if data is None else data,
+        processing_class=tiny_tokenizer(),
+        ref_model=ref_model,
+        peft_config=lora if adapter else None,
+    )
+
+
+def logged(tmp_path) -> list[dict]:
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def weights(made) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
+
+
+def test_the_fit_reaches_its_targets(tmp_path):
+    made = trainer(tmp_path, max_steps=150, anchor=1.0, per_device_train_batch_size=4)
+    made.train()
+    last = logged(tmp_path)[-1]
+    assert last["fit/r2"] > 0.99
+    assert last["loss"] < 0.02
+    assert last["rewards/accuracies"] == 1.0
+
+
+@pytest.mark.parametrize("loss", ["squared", "softmax", "soft_label"])
+def test_every_fit_orders_the_responses(loss, tmp_path):
+    made = trainer(tmp_path, max_steps=60, loss=loss, per_device_train_batch_size=4)
+    made.train()
+    rows = logged(tmp_path)
+    assert rows[0]["fit/r2"] < 0.2
+    assert rows[-1]["fit/r2"] > 0.9
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_plain_pairs_train_with_hard_labels(loss, tmp_path):
+    data = Dataset.from_dict({"prompt": ["q"] * 4, "chosen": ["aa"] * 4, "rejected": ["bb"] * 4})
+    trainer(tmp_path, data, max_steps=20, loss=loss, beta=0.1).train()
+    rows = logged(tmp_path)
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["rewards/margins"] > 0.2
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+
+
+def test_pairs_with_margins_and_scored_groups_train(tmp_path):
+    made = trainer(tmp_path / "pairs", pairs(labels()), max_steps=40)
+    made.train()
+    assert logged(tmp_path / "pairs")[-1]["fit/r2"] > 0.8
+    settings = {"procedure": "best_of_2", "target_kl": 0.2, "max_steps": 2}
+    made = trainer(tmp_path / "scored", scored(), **settings)
+    made.train()
+    assert made.beta == pytest.approx(
+        relabel(scored(), procedure="best_of_2", target_kl=0.2)["beta"][0]
+    )
+
+
+def test_all_weights_are_trained_against_a_reference_model(tmp_path):
+    settings = {"max_steps": 60, "learning_rate": 3e-3, "per_device_train_batch_size": 4}
+    made = trainer(tmp_path, ref_model=tiny_llama(), adapter=False, **settings)
+    made.train()
+    assert logged(tmp_path)[-1]["fit/r2"] > 0.9
+    with pytest.raises(ValueError, match="ref_model must be given"):
+        trainer(tmp_path / "none", adapter=False)
+
+
+def test_a_folder_is_loaded_in_8_bits_and_trained(tmp_path, tiny_model_folder):
+    from bitsandbytes.nn import Linear8bitLt
+
+    made = trainer(
+        tmp_path,
+        model=str(tiny_model_folder),
+        load_in_8bit=True,
+        model_dtype="float32",
+        max_steps=120,
+        learning_rate=3e-3,
+        per_device_train_batch_size=4,
+    )
+    layers = [m for m in made.model.modules() if isinstance(m, Linear8bitLt)]
+    assert len(layers) == 14
+    assert {layer.weight.dtype for layer in layers} == {torch.int8}
+    made.train()
+    assert logged(tmp_path)[-1]["fit/r2"] > 0.8
+    assert "AdamW" in type(made.optimizer.optimizer).__name__
+
+
+def test_shared_prompts_change_nothing(tmp_path):
+    found = []
+    for share in (True, False):
+        made = trainer(tmp_path / str(share), share_prompt=share, max_steps=3)
+        made.train()
+        found.append((logged(tmp_path / str(share)), weights(made)))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_accumulation_is_the_large_batch(tmp_path):
+    norms = []
+    for size, steps in ((4, 1), (1, 4)):
+        folder = tmp_path / str(size)
+        made = trainer(
+            folder,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+        )
+        made.train()
+        norms.append((logged(folder)[0]["loss"], logged(folder)[0]["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    made = trainer(tmp_path)
+    for name, weight in made.model.named_parameters():
+        if "lora_A" in name:
+            weight.data.fill_(float("inf"))
+    made._is_fresh = False
+    with pytest.raises(FloatingPointError, match="loss must be finite; got nan at step 0"):
+        made.train()
+
+
+def test_a_wrong_reference_stops_the_run_before_the_first_update(tmp_path):
+    data = labels()
+    data = data.add_column("reference_logps", [[-1.0, -2.0, -3.0]] * len(data))
+    with pytest.raises(ValueError, match="before the first update must be within .* nats; got"):
+        trainer(tmp_path, data).train()
+
+
+def test_evaluation_reports_its_own_metrics(tmp_path):
+    args = CTRLDPOConfig(str(tmp_path), max_steps=2, report_to="none", save_strategy="no")
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    made = CTRLDPOTrainer(
+        tiny_llama(), args, labels(), labels(), processing_class=tiny_tokenizer(), peft_config=lora
+    )
+    found = made.evaluate()
+    assert found["eval_loss"] > 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["eval_fit/r2"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["eval_rewards/margins"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_adapter_is_saved_and_is_the_trained_one(tmp_path):
+    made = trainer(tmp_path)
+    made.train()
+    made.save_model()
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    trained = weights(made)
+    assert len(saved) == len(trained) == 28
+    for name, value in saved.items():
+        whole = name.replace(".weight", ".default.weight")
+        assert torch.equal(value, trained[whole]), name

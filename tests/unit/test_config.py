@@ -1,0 +1,41 @@
+"""Training settings: defaults that differ from transformers' own, and conflicts by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctrl_dpo import CTRLDPOConfig
+
+
+def test_defaults(tmp_path):
+    config = CTRLDPOConfig(str(tmp_path))
+    assert (config.loss, config.anchor, config.optim) == ("squared", 0.0, "adamw_torch")
+    assert not config.logging_nan_inf_filter
+    assert not config.remove_unused_columns
+    assert CTRLDPOConfig(str(tmp_path), load_in_8bit=True).optim == "adamw_8bit"
+    assert CTRLDPOConfig(str(tmp_path), optim="sgd", load_in_8bit=True).optim == "sgd"
+    assert CTRLDPOConfig(str(tmp_path), procedure="best-of-4".replace("-", "_")).procedure
+    assert config.use_cpu is not torch.accelerator.is_available()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "hinge"}, "loss must be one of .*; got 'hinge'"),
+        ({"model_dtype": "int4"}, "model_dtype must be one of .*; got 'int4'"),
+        ({"beta": 0.0}, "beta must be finite and > 0; got 0.0"),
+        ({"beta": float("nan")}, "beta must be finite and > 0; got nan"),
+        ({"target_kl": -1.0}, "target_kl must be finite and > 0; got -1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite and > 0; got nan"),
+        ({"max_response_length": 0}, "max_response_length must be an integer >= 1; got 0"),
+        ({"anchor": -0.1}, "anchor must be >= 0; got -0.1"),
+        ({"anchor": 0.5, "loss": "softmax"}, "anchor must be 0 unless .*; got loss='softmax'"),
+        ({"beta": 1.0, "target_kl": 1.0}, "beta and target_kl exclude each other; got 1.0 and 1.0"),
+        ({"loss": "dpo"}, "beta must be given for loss='dpo'; got None"),
+        ({"procedure": "best_of_none"}, "got 'best_of_none'"),
+    ],
+)
+def test_conflicts_are_named(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CTRLDPOConfig(str(tmp_path), **settings)
