@@ -56,7 +56,7 @@ def report(
         Records of :func:`~ctrl_dpo.evaluate.evaluate`, on the same prompts. The first is compared
         with each of the others.
     training_logs : mapping of str to sequence of mapping, optional
-        Rows of each policy's ``metrics.jsonl``: ``step``, ``loss``, ``rewards/margins``, ...
+        Rows of each policy's ``metrics.jsonl``: ``step``, ``loss``, ``logratios/margins``, ...
     calibrated_rewards : array_like, optional
         Calibrated rewards of fresh reference draws, any shape.
     k : int, optional

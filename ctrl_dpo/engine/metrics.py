@@ -56,6 +56,7 @@ def batch_metrics(
         "rewards/accuracies": ((chosen > rejected).to(groups.dtype).sum(), groups),
         "logps/chosen": (logps.gather(1, best).sum(), groups),
         "logps/rejected": (logps.gather(1, worst).sum(), groups),
+        "logratios/margins": ((chosen - rejected).sum(), groups),
         "logratios/chosen_below_0": ((chosen < 0).to(groups.dtype).sum(), groups),
         "kl": (kl.sum(), groups),
         "normalisation": (log_mean.exp().sum(), groups),

@@ -33,7 +33,7 @@ _STYLE: Any = {
 }
 _TRAINING_PANELS = (
     ("Loss", "loss per batch", ("loss", "eval_loss")),
-    ("Implicit reward, chosen minus rejected", "beta times log-ratio", ("rewards/margins",)),
+    ("Log-ratio, best minus worst response", "nats", ("logratios/margins",)),
     ("Pairs ranked as their rewards", "share of pairs", ("rewards/accuracies",)),
 )
 

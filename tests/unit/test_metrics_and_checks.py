@@ -37,6 +37,7 @@ def test_metrics_by_numpy(rng):
         "rewards/accuracies": (chosen > rejected).mean(),
         "logps/chosen": np.mean([r[2][i] for r, i in zip(rows, best, strict=True)]),
         "logps/rejected": np.mean([r[2][i] for r, i in zip(rows, worst, strict=True)]),
+        "logratios/margins": (chosen - rejected).mean(),
         "logratios/chosen_below_0": (chosen < 0).mean(),
         "kl": np.mean(kl),
         "normalisation": np.mean([w.mean() for w in weights]),

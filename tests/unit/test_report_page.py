@@ -67,7 +67,7 @@ def test_figures_without_their_numbers_are_left_out(tmp_path):
 
 
 def test_a_page_with_all_its_figures(tmp_path):
-    logs = {"ours": [{"step": 1, "loss": 1.0, "rewards/margins": 0.1}, {"step": 2, "loss": 0.5}]}
+    logs = {"ours": [{"step": 1, "loss": 1.0, "logratios/margins": 0.1}, {"step": 2, "loss": 0.5}]}
     page = report(
         tmp_path,
         [record(), record("baseline")],
