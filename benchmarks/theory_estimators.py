@@ -1,4 +1,4 @@
-"""Posterior mean or plug-in: which estimates transformed rewards and pair margins better?
+"""Posterior mean or plug-in, and which estimates transformed rewards and pair margins better.
 
 Uniform calibrated rewards are ranked among K draws; the estimate from the rank is compared with the
 truth. Usage: python benchmarks/theory_estimators.py

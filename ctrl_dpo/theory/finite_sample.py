@@ -112,7 +112,7 @@ def transformed_rewards(
     inside : bool
         Whether the responses are themselves among the k reference draws.
     estimator : {"posterior", "plug_in"}
-        The posterior mean has the least mean squared error; see ``benchmarks/finite_sample.py``.
+        The posterior mean has the least mean squared error (``benchmarks/theory_estimators.py``).
 
     Returns
     -------
