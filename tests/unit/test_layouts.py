@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from ctrl_dpo import to_groups
+from ctrl_dpo.cli import app
+from ctrl_dpo.data.folders import read_rows
 from ctrl_dpo.data.layout_rows import DroppedRow, read_hh, read_pairs
 from ctrl_dpo.data.layouts import read_groups
 
@@ -297,3 +303,34 @@ def test_a_speaker_who_writes_twice_has_one_turn():
     text = "\n\nHuman: a\n\nHuman: b\n\nAssistant: {}"
     group = read_hh({"chosen": text.format("x"), "rejected": text.format("y")})
     assert group["prompt"] == [{"role": "user", "content": "a\n\nb"}]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_layout_goes_through_the_command_with_a_report(name, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    # two rows, so that a prompt with one response a row makes a group of two
+    rows = [FILES[name][0], dict(FILES[name][0])]
+    if name == "helpsteer2":
+        rows[1] |= {"response": "worse", "helpfulness": 0}
+    Dataset.from_list(rows).to_json(path)
+    words = ["relabel", str(path), "--output", str(tmp_path / "out"), "--beta", "0.1"]
+    words += ["--ranks-as-rewards"] if name == "nectar" else []
+    result = CliRunner().invoke(app, words)
+    if "rewards" not in FILES[name][1]:
+        assert isinstance(result.exception, ValueError)
+        assert "column 'rewards' is missing" in str(result.exception)
+        assert "ctrl-dpo score" in str(result.exception)
+        return
+    assert result.exit_code == 0, result.output
+    assert f"layout {name}, rows 2, groups {1 if name == 'helpsteer2' else 2}" in result.output
+    made = read_rows(tmp_path / "out")
+    assert made[0]["transformed_rewards"][0] > made[0]["transformed_rewards"][1]
+
+
+@pytest.mark.skipif("CTRL_DPO_DATA" not in os.environ, reason="CTRL_DPO_DATA names no folder")
+def test_real_dialogues():
+    path = Path(os.environ["CTRL_DPO_DATA"]) / "hh_harmless_test_half.jsonl.gz"
+    groups, report = read_groups(Dataset.from_json(str(path)))
+    assert report.layout == "hh"
+    assert report.groups == report.rows == 1156
+    assert all(prompt[-1]["role"] == "user" for prompt in groups["prompt"])
