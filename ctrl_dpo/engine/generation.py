@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,8 +198,41 @@ def draw_responses(
     seen = occurrences if occurrences is not None else [0] * len(prompts)
     numbers = np.concatenate([sampler.uniforms(p, o) for p, o in zip(prompts, seen, strict=True)])
     uniforms = torch.from_numpy(numbers).to(device)
-    tokens, logps = _decode(model, prompts, sampler, uniforms, torch.tensor(end_ids, device=device))
+    with _reused_logits(model):
+        ends = torch.tensor(end_ids, device=device)
+        tokens, logps = _decode(model, prompts, sampler, uniforms, ends)
     return list(_collect(tokens.tolist(), logps, set(end_ids), sampler))
+
+
+class _ReusedLogits(torch.nn.Module):
+    """The head of a model, its logits in one buffer: a fresh one costs page faults every step."""
+
+    def __init__(self, head: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self._buffer = head.weight.new_empty(0, head.out_features)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.flatten(0, -2)
+        if len(rows) > len(self._buffer):
+            self._buffer = rows.new_empty(len(rows), len(self.weight))
+        logits = torch.mm(rows, self.weight.t(), out=self._buffer[: len(rows)])
+        return logits.view(*hidden.shape[:-1], -1)
+
+
+@contextmanager
+def _reused_logits(model: Any) -> Iterator[None]:
+    """Let the head of a model write its logits into one buffer, where it is a plain product."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        yield
+        return
+    base.set_output_embeddings(_ReusedLogits(head))
+    try:
+        yield
+    finally:
+        base.set_output_embeddings(head)
 
 
 def _decode(
