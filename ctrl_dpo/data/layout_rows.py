@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ctrl_dpo.data.messages import check_messages, check_text, is_messages
+from ctrl_dpo.data import columns as names
+from ctrl_dpo.data.messages import check_messages, check_prompt, check_text, is_messages
 
 Row = Mapping[str, Any]
 Group = dict[str, Any]
@@ -22,6 +23,7 @@ HELPSTEER_WEIGHTS = {
     "complexity": 0.55,
     "verbosity": -0.4,
 }
+FLOATS = (names.REWARDS, names.REFERENCE_REWARDS)  # always float64, whatever the layout holds
 _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -62,26 +64,60 @@ def to_float(name: str, value: object, place: str = "") -> float:
     return number
 
 
-def _numbers(name: str, values: Sequence[object]) -> list[float]:
+def to_floats(name: str, values: Sequence[object]) -> list[float]:
+    """Return one finite number per response, or raise."""
     return [to_float(name, value, f" at response {i}") for i, value in enumerate(values)]
 
 
-def _first(row: Row, *names: str) -> Any:
+def _entries(row: Row, name: str, *keys: str) -> Sequence[Mapping[str, Any]]:
+    """Return a list of mappings that all have these keys, or raise."""
+    entries = row[name]
+    if not is_messages(entries):
+        raise ValueError(f"{name} must be a list; got {entries!r}. Mend or drop it.")
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or not set(keys) <= set(entry):
+            raise ValueError(
+                f"{name} must hold {list(keys)}; got {entry!r} at response {i}. Mend or drop it."
+            )
+    return entries  # type: ignore[no-any-return]
+
+
+def _first(row: Row, *options: str) -> Any:
     """Return the first of these columns that the row has."""
-    found = [name for name in names if row.get(name) is not None]
+    found = [name for name in options if row.get(name) is not None]
     if not found:
-        raise ValueError(f"a prompt must be in one of {list(names)}; got none of them.")
+        raise ValueError(f"a prompt must be in one of {list(options)}; got none of them.")
     return row[found[0]]
+
+
+def checked_group(group: Group) -> Group:
+    """Return the group, or raise where a prompt or response is not text or lists differ."""
+    group["prompt"] = check_prompt(group["prompt"])
+    # text is a sequence too, and would be taken for a list of its characters
+    if not is_messages(group["responses"]) or not group["responses"]:
+        raise ValueError(f"responses must hold at least one; got {group['responses']!r}.")
+    for i, text in enumerate(group["responses"]):
+        check_text("response", text, f" at response {i}")
+    n = len(group["responses"])
+    for name in names.PER_RESPONSE:
+        values = group.get(name)
+        if values is not None and (not is_messages(values) or len(values) != n):
+            got = len(values) if is_messages(values) else repr(values)
+            raise ValueError(
+                f"{name} must have one entry per response; got {got} for {n} responses."
+            )
+    reference = group.get(names.REFERENCE_REWARDS)
+    if reference is not None and not reference:
+        raise ValueError("reference_rewards must hold at least one; got none.")
+    for name in (*FLOATS, names.REFERENCE_LOGPS):
+        if group.get(name) is not None:
+            group[name] = to_floats(name, group[name])
+    return group
 
 
 def read_canonical(row: Row) -> Group:
     """Read ``prompt, responses[, rewards, reference_rewards, ...]``."""
-    group = dict(row)
-    group["responses"] = list(row["responses"])
-    for name in ("rewards", "reference_rewards", "reference_logps"):
-        if row.get(name) is not None:
-            group[name] = _numbers(name, row[name])
-    return group
+    return dict(row)
 
 
 def read_scored_list(responses: str, *scores: str) -> Callable[[Row], Group]:
@@ -91,7 +127,7 @@ def read_scored_list(responses: str, *scores: str) -> Callable[[Row], Group]:
         group = {"prompt": _first(row, "prompt", "instruction"), "responses": row[responses]}
         given = [name for name in scores if row.get(name) is not None]
         if given:
-            group["rewards"] = _numbers(given[0], row[given[0]])
+            group["rewards"] = to_floats(given[0], row[given[0]])
         return group
 
     return read
@@ -99,25 +135,28 @@ def read_scored_list(responses: str, *scores: str) -> Callable[[Row], Group]:
 
 def read_ultrafeedback(row: Row) -> Group:
     """Read ``completions``: a list of ``{response, overall_score}``."""
-    texts = [c["response"] for c in row["completions"]]
-    scores = [c.get("overall_score") for c in row["completions"]]
+    completions = _entries(row, "completions", "response")
+    scores = [c.get("overall_score") for c in completions]
     return {
         "prompt": _first(row, "prompt", "instruction"),
-        "responses": texts,
-        "rewards": _numbers("overall_score", scores),
+        "responses": [c["response"] for c in completions],
+        "rewards": to_floats("overall_score", scores),
     }
 
 
 def read_nectar(row: Row) -> Group:
     """Read ``answers``: a list of ``{answer, rank}``, rank 1 the best."""
-    prompt = row["prompt"]
+    prompt, answers = (
+        check_text("prompt", row["prompt"]),
+        _entries(row, "answers", "answer", "rank"),
+    )
     turns = _dialogue(prompt) if prompt.startswith("\n\nHuman:") else []
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()  # Nectar's prompts end in an open assistant turn
     return {
         "prompt": turns or prompt,
-        "responses": [a["answer"] for a in row["answers"]],
-        "rewards": [-x for x in _numbers("rank", [a["rank"] for a in row["answers"]])],
+        "responses": [a["answer"] for a in answers],
+        "rewards": [-x for x in to_floats("rank", [a["rank"] for a in answers])],
     }
 
 
@@ -145,7 +184,7 @@ def read_pairs(row: Row) -> Group:
     group: Group = {"prompt": prompt, "responses": texts}
     if row.get("score_chosen") is not None and row.get("score_rejected") is not None:
         scores = [row["score_chosen"], row["score_rejected"]]
-        group["rewards"] = _numbers("score", scores)
+        group["rewards"] = to_floats("score", scores)
     return group
 
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ctrl_dpo._validation import check_choice, check_columns
 from ctrl_dpo.data import columns as names
 from ctrl_dpo.data.layout_rows import (
+    FLOATS,
     HELPSTEER_WEIGHTS,
     LAYOUTS,
     DroppedRow,
     Group,
+    checked_group,
     read_helpsteer,
 )
-from ctrl_dpo.data.messages import check_prompt, check_text, prompt_key
+from ctrl_dpo.data.messages import prompt_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +36,11 @@ _PASSED = (
     names.FINISHED,
     names.SAMPLER_LOGPS,
 )
+_SCORES = ("score_chosen", "score_rejected")
 _REASON = "dropped_reason"
+# datasets keys its cache by the name of a function of ours, not by its code: raise this number when
+# rows are read differently, or an older version's rows come back
+_READING = 2
 _SHOWN = 5
 
 
@@ -141,6 +147,8 @@ def read_groups(
 
     Raises
     ------
+    TypeError
+        If the rows are a stream, or several splits.
     ValueError
         If there is no row, the layout is unknown or ambiguous, a row breaks the rules, or every
         row was dropped.
@@ -150,6 +158,13 @@ def read_groups(
     Rows of equal prompts are merged in the layout ``helpsteer2``, which has one response a row;
     elsewhere they stay groups of their own.
     """
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"dataset must be a datasets.Dataset; got {type(dataset).__name__}. Choose a split, "
+            "or turn a stream into one with Dataset.from_generator."
+        )
     if len(dataset) == 0:
         raise ValueError("dataset must have at least one row; got 0. Check the file and filters.")
     check_choice("invalid", invalid, INVALID)
@@ -164,7 +179,9 @@ def read_groups(
         )
     reader = LAYOUTS[found].read
     if found == "helpsteer2":
-        reader = read_helpsteer(attribute_weights or HELPSTEER_WEIGHTS)
+        weights = attribute_weights or HELPSTEER_WEIGHTS
+        check_columns(dataset.column_names, weights, "attribute_weights names it.")
+        reader = read_helpsteer(weights)
     passed = [n for n in dataset.column_names if found == "canonical" or n in _PASSED]
     read = _RowReader(reader, invalid, [n for n in passed if n not in LAYOUTS[found].required])
     return _read_rows(dataset, read, LayoutReport(found, len(dataset)), map_options)
@@ -174,11 +191,12 @@ def _read_rows(
     dataset: Dataset, read: _RowReader, report: LayoutReport, map_options: dict[str, Any]
 ) -> tuple[Dataset, LayoutReport]:
     """Judge every row, read those that pass, and count."""
-    from datasets import Features, Value
+    from datasets import Features, List, Value, concatenate_datasets
 
     options = {"with_indices": True, "remove_columns": dataset.column_names, **map_options}
-    reason = Features({_REASON: Value("string")})
-    judged = dataset.map(read.judge, features=reason, desc=f"check {report.layout}", **options)
+    # a type inferred from the first rows fails where those have no reward and later ones do
+    types = Features({_REASON: Value("string"), **{n: List(Value("float64")) for n in FLOATS}})
+    judged = dataset.map(read.judge, features=types, desc=f"check {report.layout}", **options)
     kept = []
     for row, text in enumerate(judged[_REASON]):
         if text is None:
@@ -189,10 +207,12 @@ def _read_rows(
         raise ValueError(
             f"dataset must have a usable row; got none of {report.rows}: {report.summary()}."
         )
-    chosen = dataset if len(kept) == len(dataset) else dataset.select(kept)
-    groups = chosen.map(read, desc=f"read {report.layout}", **options)
-    if all(values is None for values in groups[names.REWARDS]):
-        groups = groups.remove_columns([names.REWARDS])
+    if len(kept) < len(dataset):
+        dataset, judged = dataset.select(kept), judged.select(kept)
+    groups = dataset.map(read, desc=f"read {report.layout}", **options)
+    given = [n for n in FLOATS if any(values is not None for values in judged[n])]
+    if given:
+        groups = concatenate_datasets([groups, judged.select_columns(given)], axis=1)
     if report.layout == "helpsteer2":
         groups, report.counts["merged_rows"] = _merged(groups)
     report.groups = len(groups)
@@ -206,8 +226,7 @@ def _detected(dataset: Dataset) -> str:
     fitting = [name for name, each in LAYOUTS.items() if set(each.required) <= set(found)]
     wider = [name for name in fitting if name not in _PAIRED]
     if not wider and fitting:
-        text = dataset[0]["chosen"]
-        return "hh" if isinstance(text, str) and text.startswith("\n\nHuman:") else "pairs"
+        return _pairs_or_hh(dataset)
     if len(wider) == 1:
         return wider[0]
     if wider:
@@ -230,9 +249,26 @@ def _detected(dataset: Dataset) -> str:
     )
 
 
+def _pairs_or_hh(dataset: Dataset) -> str:
+    """Tell dialogue strings from other pairs; a null decides nothing."""
+    sides = (text for text in dataset[names.CHOSEN] if text is not None)
+    dialogues = [isinstance(text, str) and text.startswith("\n\nHuman:") for text in sides]
+    if any(dialogues) and not all(dialogues):
+        raise ValueError(
+            "layout must be named where several fit; got dialogues '\\n\\nHuman:' in "
+            f"{sum(dialogues)} of {len(dialogues)} rows. Give layout='hh' or layout='pairs'."
+        )
+    return "hh" if any(dialogues) else "pairs"
+
+
 def _renamed(dataset: Dataset, columns: Mapping[str, str]) -> Dataset:
     """Give the user's columns our names, and drop what would clash with them."""
-    ours = [names.PROMPT, names.RESPONSES, names.REWARDS, *_PASSED, names.CHOSEN, names.REJECTED]
+    ours = [names.PROMPT, names.RESPONSES, names.REWARDS, *_PASSED]
+    ours += [names.CHOSEN, names.REJECTED, *_SCORES]
+    if len(set(columns.values())) < len(columns):
+        raise ValueError(
+            f"columns must map each column once; got {dict(columns)!r}. Copy the column first."
+        )
     for ours_name, theirs in columns.items():
         check_choice("columns key", ours_name, ours)
         check_columns(dataset.column_names, [theirs], f"columns maps {ours_name!r} to it.")
@@ -246,42 +282,29 @@ class _RowReader:
 
     def __init__(self, read: Callable[..., Group], invalid: str, passed: Iterable[str]) -> None:
         self.read, self.invalid, self.passed = read, invalid, sorted(passed)
+        self.reading = _READING
 
     def __call__(self, row: Mapping[str, Any], index: int) -> Group:
         """Return the group of a row."""
-        return _checked({name: row[name] for name in self.passed} | self.read(row))
+        group = self._group(row)
+        return {name: values for name, values in group.items() if name not in FLOATS}
 
-    def judge(self, row: Mapping[str, Any], index: int) -> dict[str, str | None]:
-        """Return why a row is dropped, None where it is not, or raise."""
+    def _group(self, row: Mapping[str, Any]) -> Group:
+        return checked_group({name: row[name] for name in self.passed} | self.read(row))
+
+    def judge(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """Return a row's numbers, or why it is dropped, or raise."""
         try:
-            self(row, index)
+            group = self._group(row)
         except DroppedRow as reason:
-            return {_REASON: str(reason)}
+            return {_REASON: str(reason), **dict.fromkeys(FLOATS)}
         except (ValueError, TypeError, KeyError) as error:
             if self.invalid == "drop":
-                return {_REASON: str(error).partition(";")[0]}
+                return {_REASON: str(error).partition(";")[0], **dict.fromkeys(FLOATS)}
             raise ValueError(
                 f"row {index}: {error} (invalid='drop' drops such rows and counts them)"
             ) from error
-        return {_REASON: None}
-
-
-def _checked(group: Group) -> Group:
-    """Return the group, or raise where a prompt or response is not text or lists differ."""
-    group["prompt"] = check_prompt(group["prompt"])
-    if not group["responses"]:
-        raise ValueError(f"responses must hold at least one; got {group['responses']!r}.")
-    for i, text in enumerate(group["responses"]):
-        check_text("response", text, f" at response {i}")
-    n, rewards = len(group["responses"]), group.setdefault(names.REWARDS, None)
-    if rewards is not None and len(rewards) != n:
-        raise ValueError(
-            f"rewards must have one entry per response; got {len(rewards)} for {n} responses."
-        )
-    reference = group.get(names.REFERENCE_REWARDS)
-    if reference is not None and not reference:
-        raise ValueError("reference_rewards must hold at least one; got none.")
-    return group
+        return {_REASON: None, **{name: group.get(name) for name in FLOATS}}
 
 
 def _merged(groups: Dataset) -> tuple[Dataset, int]:
