@@ -102,7 +102,7 @@ def score(
         store.parent.mkdir(parents=True, exist_ok=True)
         found, report = read_groups(read_rows(groups), layout)
         scored = run(found, model, batch_size=batch_size, cache=store)
-        return scored, {"layout": report.layout} | _reward_summary(scored["rewards"])
+        return scored, report.summary() | _reward_summary(scored["rewards"])
 
     run_once(folder, make)
     _finished(output)
