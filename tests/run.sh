@@ -26,4 +26,5 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-pytest --cov --cov-report=term
+# one test process a core, each on one thread
+OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --cov --cov-report=term
