@@ -144,6 +144,9 @@ def relabel(
     invalid: Annotated[
         str, typer.Option(help="Rows that break the rules: error or drop.")
     ] = "error",
+    same_prompt: Annotated[
+        str, typer.Option(help="Rows of one prompt: merge into one group, or keep apart.")
+    ] = "merge",
     ranks_as_rewards: Annotated[
         bool, typer.Option(help="Accept ranks, which tell the order only, as rewards.")
     ] = False,
@@ -152,6 +155,7 @@ def relabel(
     """Calibrate and transform rewards into training targets: groups, or pairs with margins."""
     from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
     from ctrl_dpo.data.layouts import read_groups
+    from ctrl_dpo.measures.label_summary import summarise_labels
     from ctrl_dpo.relabel import count_pairs
     from ctrl_dpo.relabel import pairs as make_pairs
     from ctrl_dpo.relabel import relabel as run
@@ -172,6 +176,7 @@ def relabel(
         "layout": layout,
         "columns": columns,
         "invalid": invalid,
+        "same_prompt": same_prompt,
         "ranks_as_rewards": ranks_as_rewards,
     }
 
@@ -188,14 +193,14 @@ def relabel(
             extremes=extremes,
             num_proc=num_proc,
         )
-        summary = report.summary() | {"beta": made[0]["beta"]}
+        summary = report.summary() | summarise_labels(made).to_dict() | {"beta": made[0]["beta"]}
         if pairs is None:
             return made, summary
         return make_pairs(made, pairs, ties=ties), summary | count_pairs(made, pairs, ties=ties)
 
     folder = StageFolder(output, "relabel", settings | reading, {"source": content_hash(source)})
     run_once(folder, make)
-    _finished(output)
+    _tabulated(output)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -310,6 +315,15 @@ def _finished(output: Path) -> None:
 
     summary = read_record(output)["summary"]
     typer.echo(f"{output}: {', '.join(f'{k} {_short(v)}' for k, v in summary.items())}")
+
+
+def _tabulated(output: Path) -> None:
+    """Print a stage's own summary, one line a number."""
+    from ctrl_dpo.data.folders import read_record
+    from ctrl_dpo.measures.tables import table
+
+    rows = [[name, _short(value)] for name, value in read_record(output)["summary"].items()]
+    typer.echo(table([str(output), "value"], rows))
 
 
 def _short(value: Any) -> str:

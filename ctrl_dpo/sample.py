@@ -27,6 +27,7 @@ from ctrl_dpo.engine.identity import model_identity
 from ctrl_dpo.engine.kv_cache import use_decode_attention, use_training_attention
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import load_policy, load_tokenizer, prepare_for_generation
+from ctrl_dpo.engine.provenance import provenance
 from ctrl_dpo.engine.reference import reference_logps
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def sample(
     datasets.Dataset
         The rows with ``responses`` (text), ``response_ids`` (tokens, end token included),
         ``finished`` (whether the response ended before the length limit), ``sampler_logps``
-        (nats per response under the sampler) and, if asked for, ``policy_logps`` and
-        ``reference_logps`` (nats).
+        (nats per response under the sampler), ``sampled_from`` (model, template and sampler, by
+        which training knows the draws of its reference policy) and, if asked for, ``policy_logps``
+        and ``reference_logps`` (nats).
 
     Raises
     ------
@@ -101,7 +103,9 @@ def sample(
         )
     ids = [prompt_tokens(tokens, prompt) for prompt in prompts[columns.PROMPT]]
     _check_lengths(ids, loaded, chosen)
-    drawing = _Drawing(loaded, tokens, chosen, batch_rows, log_ratios)
+    identity = model_identity(loaded, name)
+    origin = provenance(identity, tokens, chosen.settings)
+    drawing = _Drawing(loaded, tokens, chosen, batch_rows, log_ratios, origin)
     shards = [range(i, min(i + shard_prompts, len(ids))) for i in range(0, len(ids), shard_prompts)]
     if output is None:
         made = [part for _, part in drawing.run(prompts, ids, dict(enumerate(shards)))]
@@ -110,7 +114,7 @@ def sample(
         Path(output),
         "sample",
         settings={**chosen.settings, "batch_rows": batch_rows, "log_ratios": log_ratios},
-        inputs={"model": model_identity(loaded, name), "prompts": _prompts_hash(ids)},
+        inputs={"model": identity, "prompts": _prompts_hash(ids)},
         n_shards=len(shards),
     ).open()
     for index, part in drawing.run(prompts, ids, {i: shards[i] for i in folder.missing_shards()}):
@@ -129,6 +133,7 @@ class _Drawing:
     sampler: Sampler
     batch_rows: int
     log_ratios: bool
+    origin: str
 
     def run(
         self, prompts: Dataset, ids: list[list[int]], shards: Mapping[int, range]
@@ -174,6 +179,7 @@ class _Drawing:
             columns.RESPONSE_IDS: [d.response_ids for d in draws],
             columns.FINISHED: [d.finished for d in draws],
             columns.SAMPLER_LOGPS: [d.sampler_logps for d in draws],
+            columns.SAMPLED_FROM: [self.origin] * len(draws),
         }
         if self.log_ratios:
             made |= self._logps(ids, draws)

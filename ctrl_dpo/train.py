@@ -19,8 +19,9 @@ from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.losses import group_loss, pad_groups
 from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics
 from ctrl_dpo.engine.models import load_model, load_tokenizer
+from ctrl_dpo.engine.provenance import check_provenance
 from ctrl_dpo.engine.reference import add_reference_logps
-from ctrl_dpo.engine.rows import labelled, resolve_beta, training_rows
+from ctrl_dpo.engine.rows import labelled, resolve_beta, training_rows, warn_of_overlap
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,9 +83,11 @@ class CTRLDPOTrainer(Trainer):
         eval_rows = None
         if eval_dataset is not None:
             eval_rows, _ = training_rows(labelled(eval_dataset, args), tokenizer, args, self.beta)
+            warn_of_overlap(rows, eval_rows)
         if name is not None:
             model = load_model(name, dtype=args.model_dtype, load_in_8bit=args.load_in_8bit)
-        identity = model_identity(ref_model if ref_model is not None else model)
+        identity = model_identity(ref_model or model, None if ref_model is not None else name)
+        check_provenance(data, identity, tokenizer)
         if peft_config is not None:
             from peft import get_peft_model
 

@@ -10,6 +10,7 @@ REFERENCE_LOGPS = "reference_logps"
 RESPONSE_IDS = "response_ids"  # token ids as drawn, so that nothing is tokenised twice
 FINISHED = "finished"  # False where the draw ran into the length limit
 SAMPLER_LOGPS = "sampler_logps"  # nats per response, from the sampler's own forward passes
+SAMPLED_FROM = "sampled_from"  # model, template and sampler settings, the same in every row
 POLICY_LOGPS = "policy_logps"  # nats per response, from the training forward path
 
 # written by the relabel stage

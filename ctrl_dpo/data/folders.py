@@ -208,8 +208,28 @@ def read_rows(source: str | Path) -> Dataset:
             raise ValueError(
                 f"data must be a file, a folder or a hub name; got {str(source)!r}: no such file."
             )
-        return datasets.load_dataset(str(path), split="train")
+        return _read_folder(path)
     return datasets.load_dataset(str(source), split="train")
+
+
+def _read_folder(path: Path) -> Dataset:
+    """Read a folder of data files, naming the one whose columns differ from the others'."""
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return datasets.load_dataset(str(path), split="train")
+    except DatasetGenerationError as error:
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _BUILDERS)
+        types = {file: read_rows(file).features for file in files}
+        for file, features in types.items():
+            for name, first in types[files[0]].items():
+                if features.get(name) != first:
+                    raise ValueError(
+                        f"column {name!r} must be of one type in all files; got {first} in "
+                        f"{files[0].name!r} and {features.get(name)} in {file.name!r}. Convert one."
+                    ) from error
+        raise
 
 
 def read_shards(path: Path) -> Dataset:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ctrl_dpo._validation import check_choice, check_columns
 from ctrl_dpo.data import columns as names
+from ctrl_dpo.data.layout_report import LayoutReport, suspect_completions
 from ctrl_dpo.data.layout_rows import (
     FLOATS,
     HELPSTEER_WEIGHTS,
@@ -19,14 +19,15 @@ from ctrl_dpo.data.layout_rows import (
     checked_group,
     read_helpsteer,
 )
-from ctrl_dpo.data.messages import prompt_key
+from ctrl_dpo.data.merging import merge_equal_prompts
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
 INVALID = ("error", "drop")
+SAME_PROMPT = ("merge", "keep")
 _PAIRED = ("pairs", "hh")  # their columns are also in datasets that hold more responses
 _RANKED = ("nectar",)
 _PASSED = (
@@ -41,41 +42,6 @@ _REASON = "dropped_reason"
 # datasets keys its cache by the name of a function of ours, not by its code: raise this number when
 # rows are read differently, or an older version's rows come back
 _READING = 2
-_SHOWN = 5
-
-
-@dataclass
-class LayoutReport:
-    """What :func:`read_groups` made of a dataset.
-
-    Parameters
-    ----------
-    layout : str
-        The layout that was read.
-    rows, groups : int
-        Rows in and groups out.
-    dropped : dict of str to list of int
-        Row numbers by reason.
-    counts : dict of str to int
-        What else was seen: ``merged_rows`` (rows added to an earlier one of the same prompt),
-        ``reordered_pairs`` (the rejected response has the higher reward), ``duplicate_responses``,
-        ``single_response_groups``, ``whitespace_only_responses``, ``unscored_groups``.
-    """
-
-    layout: str
-    rows: int
-    groups: int = 0
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """Return counts as one flat mapping, reasons with the first row numbers."""
-        lost = {
-            f"dropped: {reason}": f"{len(rows)}, first at rows {rows[:_SHOWN]}"
-            for reason, rows in self.dropped.items()
-        }
-        seen = {name: count for name, count in self.counts.items() if count}
-        return {"layout": self.layout, "rows": self.rows, "groups": self.groups, **seen, **lost}
 
 
 def to_groups(dataset: Dataset, layout: str = "auto", **options: Any) -> Dataset:
@@ -83,7 +49,7 @@ def to_groups(dataset: Dataset, layout: str = "auto", **options: Any) -> Dataset
 
     Parameters
     ----------
-    dataset : Dataset
+    dataset : Dataset or IterableDataset
         Rows in a layout of :data:`ctrl_dpo.data.layout_rows.LAYOUTS`.
     layout : str
         Its name; ``"auto"`` detects it from the columns.
@@ -92,7 +58,7 @@ def to_groups(dataset: Dataset, layout: str = "auto", **options: Any) -> Dataset
 
     Returns
     -------
-    Dataset
+    Dataset or IterableDataset
         ``prompt``, ``responses``, and ``rewards`` where the layout has them; the report is logged.
 
     Examples
@@ -113,6 +79,7 @@ def read_groups(
     *,
     columns: Mapping[str, str] | None = None,
     invalid: str = "error",
+    same_prompt: str = "merge",
     ranks_as_rewards: bool = False,
     attribute_weights: Mapping[str, float] | None = None,
     **map_options: Any,
@@ -121,8 +88,9 @@ def read_groups(
 
     Parameters
     ----------
-    dataset : Dataset
-        Rows in a layout of :data:`ctrl_dpo.data.layout_rows.LAYOUTS`.
+    dataset : Dataset or IterableDataset
+        Rows in a layout of :data:`ctrl_dpo.data.layout_rows.LAYOUTS`. A stream is read as it
+        passes: its report is complete when it has been read to the end.
     layout : str
         Its name; ``"auto"`` detects it from the columns.
     columns : mapping of str to str, optional
@@ -130,6 +98,9 @@ def read_groups(
         for datasets in no known layout.
     invalid : {"error", "drop"}
         Whether a row that breaks the rules stops the run, or is dropped and counted.
+    same_prompt : {"merge", "keep"}
+        Whether rows of one prompt become one group, or stay apart. Of pairs, a response that
+        several rows name is kept once. A stream is not merged.
     ranks_as_rewards : bool
         Take ranks, 1 the best, for rewards (Nectar). Calibrated rewards need the order only.
     attribute_weights : mapping of str to float, optional
@@ -139,7 +110,7 @@ def read_groups(
 
     Returns
     -------
-    groups : Dataset
+    groups : Dataset or IterableDataset
         ``prompt``, ``responses``, and where the layout has them ``rewards``,
         ``reference_rewards``, ``reference_logps`` and the library's other columns.
     report : LayoutReport
@@ -148,30 +119,26 @@ def read_groups(
     Raises
     ------
     TypeError
-        If the rows are a stream, or several splits.
+        If it is several splits.
     ValueError
-        If there is no row, the layout is unknown or ambiguous, a row breaks the rules, or every
-        row was dropped.
-
-    Notes
-    -----
-    Rows of equal prompts are merged in the layout ``helpsteer2``, which has one response a row;
-    elsewhere they stay groups of their own.
+        If there is no row, the layout is unknown or ambiguous, a row breaks the rules, every row
+        was dropped, or two rows give one response different rewards.
     """
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, (Dataset, IterableDataset)):
         raise TypeError(
-            f"dataset must be a datasets.Dataset; got {type(dataset).__name__}. Choose a split, "
-            "or turn a stream into one with Dataset.from_generator."
+            f"dataset must be a datasets.Dataset; got {type(dataset).__name__}. Choose a split."
         )
-    if len(dataset) == 0:
-        raise ValueError("dataset must have at least one row; got 0. Check the file and filters.")
     check_choice("invalid", invalid, INVALID)
+    check_choice("same_prompt", same_prompt, SAME_PROMPT)
     if columns is not None:
         dataset = _renamed(dataset, columns)
-    found = _detected(dataset) if layout == "auto" else check_choice("layout", layout, LAYOUTS)
-    check_columns(dataset.column_names, LAYOUTS[found].required, f"Layout {found!r} needs it.")
+    head = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset.take(1)))
+    if len(head) == 0:
+        raise ValueError("dataset must have at least one row; got 0. Check the file and filters.")
+    found = _detected(head) if layout == "auto" else check_choice("layout", layout, LAYOUTS)
+    check_columns(head.column_names, LAYOUTS[found].required, f"Layout {found!r} needs it.")
     if found in _RANKED and not ranks_as_rewards:
         raise ValueError(
             f"ranks_as_rewards must be True to use the ranks of layout {found!r}; got False. Ranks "
@@ -180,17 +147,48 @@ def read_groups(
     reader = LAYOUTS[found].read
     if found == "helpsteer2":
         weights = attribute_weights or HELPSTEER_WEIGHTS
-        check_columns(dataset.column_names, weights, "attribute_weights names it.")
+        check_columns(head.column_names, weights, "attribute_weights names it.")
         reader = read_helpsteer(weights)
-    passed = [n for n in dataset.column_names if found == "canonical" or n in _PASSED]
+    passed = [n for n in head.column_names if found == "canonical" or n in _PASSED]
     read = _RowReader(reader, invalid, [n for n in passed if n not in LAYOUTS[found].required])
-    return _read_rows(dataset, read, LayoutReport(found, len(dataset)), map_options)
+    if not isinstance(dataset, Dataset):
+        return _stream(dataset, read, LayoutReport(found, 0))
+    groups, report = _read_rows(dataset, read, LayoutReport(found, len(dataset)), map_options)
+    if same_prompt == "merge":
+        groups, report.counts["merged_rows"] = merge_equal_prompts(groups, found in _PAIRED)
+    report.groups = len(groups)
+    report.count_texts(groups[names.RESPONSES])
+    report.count_rewards(groups, found in _PAIRED)
+    return groups, report
+
+
+def _stream(
+    dataset: IterableDataset, read: _RowReader, report: LayoutReport
+) -> tuple[IterableDataset, LayoutReport]:
+    """Read a stream as it passes, counting on the way."""
+    from datasets import IterableDataset
+
+    def rows() -> Iterator[Group]:
+        report.rows, report.groups, report.dropped, report.counts = 0, 0, {}, {}
+        for index, row in enumerate(dataset):
+            report.rows += 1
+            judged = read.judge(row, index)
+            reason = judged.pop(_REASON)
+            if reason is not None:
+                report.dropped.setdefault(reason, []).append(index)
+                continue
+            group = read(row, index) | {n: v for n, v in judged.items() if v is not None}
+            report.groups += 1
+            report.count_texts([group[names.RESPONSES]])
+            yield group
+
+    return IterableDataset.from_generator(rows), report
 
 
 def _read_rows(
     dataset: Dataset, read: _RowReader, report: LayoutReport, map_options: dict[str, Any]
 ) -> tuple[Dataset, LayoutReport]:
-    """Judge every row, read those that pass, and count."""
+    """Judge every row, and read those that pass."""
     from datasets import Features, List, Value, concatenate_datasets
 
     options = {"with_indices": True, "remove_columns": dataset.column_names, **map_options}
@@ -209,14 +207,14 @@ def _read_rows(
         )
     if len(kept) < len(dataset):
         dataset, judged = dataset.select(kept), judged.select(kept)
+    if report.layout == "ultrafeedback":
+        report.noted["suspect_scores"] = [
+            kept[i] for i, row in enumerate(dataset) if suspect_completions(row)
+        ]
     groups = dataset.map(read, desc=f"read {report.layout}", **options)
     given = [n for n in FLOATS if any(values is not None for values in judged[n])]
     if given:
         groups = concatenate_datasets([groups, judged.select_columns(given)], axis=1)
-    if report.layout == "helpsteer2":
-        groups, report.counts["merged_rows"] = _merged(groups)
-    report.groups = len(groups)
-    report.counts |= _seen(groups, report.layout in _PAIRED)
     return groups, report
 
 
@@ -305,35 +303,3 @@ class _RowReader:
                 f"row {index}: {error} (invalid='drop' drops such rows and counts them)"
             ) from error
         return {_REASON: None, **{name: group.get(name) for name in FLOATS}}
-
-
-def _merged(groups: Dataset) -> tuple[Dataset, int]:
-    """Join groups of equal prompts, in the order of their first rows."""
-    from datasets import Dataset
-
-    joined: dict[str, Group] = {}
-    for group in groups:
-        first = joined.setdefault(
-            prompt_key(group["prompt"]), {**group, "responses": [], "rewards": []}
-        )
-        first["responses"] = first["responses"] + group["responses"]
-        first["rewards"] = first["rewards"] + group["rewards"]
-    return Dataset.from_list(list(joined.values())), len(groups) - len(joined)
-
-
-def _seen(groups: Dataset, paired: bool) -> dict[str, int]:
-    """Count what a user should know about the groups."""
-    counts = dict.fromkeys(
-        ("duplicate_responses", "single_response_groups", "whitespace_only_responses"), 0
-    )
-    for texts in groups["responses"]:
-        counts["duplicate_responses"] += len(texts) - len(set(texts))
-        counts["single_response_groups"] += len(texts) == 1
-        counts["whitespace_only_responses"] += sum(not text.strip() for text in texts)
-    if names.REWARDS not in groups.column_names:
-        return counts | {"unscored_groups": len(groups)}
-    rewards = groups[names.REWARDS]
-    counts["unscored_groups"] = sum(values is None for values in rewards)
-    if paired:
-        counts["reordered_pairs"] = sum(r is not None and r[0] < r[1] for r in rewards)
-    return counts

@@ -25,14 +25,14 @@ def model_identity(model: Any, name: str | Path | None = None) -> str:
     Returns
     -------
     str
-        ``sha256`` in hexadecimal, or ``hub:NAME@COMMIT``.
+        ``files:SHA256``, ``hub:NAME@COMMIT`` or ``tensors:SHA256``.
     """
     if name is not None and Path(name).is_dir():
-        return content_hash(name)
+        return f"files:{content_hash(name)}"
     commit = getattr(model.config, "_commit_hash", None)
     if name is not None and commit:
         return f"hub:{name}@{commit}"
-    return tensors_hash(model)
+    return f"tensors:{tensors_hash(model)}"
 
 
 def tensors_hash(model: torch.nn.Module) -> str:

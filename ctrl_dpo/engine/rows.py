@@ -166,6 +166,20 @@ def training_rows(
     return rows, counts
 
 
+def warn_of_overlap(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> None:
+    """Warn where prompts that are evaluated on are also trained on."""
+    trained = {tuple(row["prompt_ids"]) for row in rows}
+    shared = [i for i, row in enumerate(eval_rows) if tuple(row["prompt_ids"]) in trained]
+    if shared:
+        logger.warning(
+            "eval_dataset should hold prompts of its own; %d of %d are also in train_dataset, "
+            "first at row %d. What it measures is not generalisation.",
+            len(shared),
+            len(eval_rows),
+            shared[0],
+        )
+
+
 def _tokenise(group: Mapping[str, Any], tokenizer: Any, config: CTRLDPOConfig) -> TokenizedGroup:
     return tokenize_group(
         tokenizer,

@@ -200,7 +200,9 @@ def pair_batch(
         text = _entries(table, columns.RESPONSES, pairs.row, side)
         made[name] = _messages(text) if conversational else text
     made[columns.MARGIN] = pa.array(pairs.margin)
-    for name in _CONSTANT:
+    for name in (*_CONSTANT, columns.SAMPLED_FROM):
+        if name not in table.column_names:
+            continue
         made[name] = _one_array(table, name).take(pa.array(pairs.row))
     for name, names in _PER_RESPONSE.items():
         if name in table.column_names:

@@ -149,7 +149,7 @@ def test_scores_come_with_pairs_and_flips_are_counted():
         {"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": s, "score_rejected": 3}
         for s in (5, 1)
     ]
-    groups, report = read_groups(Dataset.from_list(rows))
+    groups, report = read_groups(Dataset.from_list(rows), same_prompt="keep")
     assert groups["rewards"][:] == [[5.0, 3.0], [1.0, 3.0]]
     assert report.counts["reordered_pairs"] == 1
     assert report.counts["unscored_groups"] == 0
@@ -260,8 +260,9 @@ def test_pairs_of_two_kinds_are_named():
 
 
 def test_what_is_odd_but_usable_is_counted():
-    rows = [{**GROUP, "responses": ["same", "same"]}, {**GROUP, "responses": ["a", "  "]}]
-    _, report = read_groups(Dataset.from_list(rows))
+    rows = [{**GROUP, "responses": ["same", "same"]}, {**GROUP, "responses": ["", "  "]}]
+    _, report = read_groups(Dataset.from_list(rows), same_prompt="keep")
+    assert report.counts["empty_responses"] == 1
     assert report.counts["duplicate_responses"] == 1
     assert report.counts["whitespace_only_responses"] == 1
     assert report.summary() == {
@@ -269,12 +270,13 @@ def test_what_is_odd_but_usable_is_counted():
         "rows": 2,
         "groups": 2,
         "duplicate_responses": 1,
+        "empty_responses": 1,
         "whitespace_only_responses": 1,
     }
 
 
 def test_processes_change_nothing():
-    rows = Dataset.from_list([{**GROUP, "rewards": [i, 2]} for i in range(7)])
+    rows = Dataset.from_list([{**GROUP, "prompt": f"{i}", "rewards": [i, 2]} for i in range(7)])
     assert to_groups(rows, num_proc=2).to_dict() == to_groups(rows).to_dict()
 
 
@@ -308,7 +310,7 @@ def test_a_speaker_who_writes_twice_has_one_turn():
 @pytest.mark.parametrize("name", FILES)
 def test_every_layout_goes_through_the_command_with_a_report(name, tmp_path):
     path = tmp_path / "rows.jsonl"
-    # two rows, so that a prompt with one response a row makes a group of two
+    # rows of one prompt: one response a row makes a group of two, equal pairs a pair
     rows = [FILES[name][0], dict(FILES[name][0])]
     if name == "helpsteer2":
         rows[1] |= {"response": "worse", "helpfulness": 0}
@@ -322,7 +324,9 @@ def test_every_layout_goes_through_the_command_with_a_report(name, tmp_path):
         assert "ctrl-dpo score" in str(result.exception)
         return
     assert result.exit_code == 0, result.output
-    assert f"layout {name}, rows 2, groups {1 if name == 'helpsteer2' else 2}" in result.output
+    printed = [[c.strip() for c in line.split("|")[1:3]] for line in result.output.splitlines()]
+    for line in (["layout", name], ["rows", "2"], ["groups", "1"], ["merged_rows", "1"]):
+        assert line in printed
     made = read_rows(tmp_path / "out")
     assert made[0]["transformed_rewards"][0] > made[0]["transformed_rewards"][1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
-from ctrl_dpo import to_groups
+from ctrl_dpo import relabel, to_groups
 from ctrl_dpo.data import layouts
 from ctrl_dpo.data.folders import read_rows
 from ctrl_dpo.data.layouts import read_groups
@@ -33,7 +33,9 @@ def test_rewards_are_float64_whatever_their_type_was(rewards):
 def test_scores_that_begin_after_a_thousand_rows_are_read():
     """The writer infers types from 1000 rows; the only scored one comes after them."""
     scored = {**PAIR, "score_chosen": 2.0, "score_rejected": 1.0}
-    groups, report = read_groups(Dataset.from_list([UNSCORED] * 1001 + [scored]))
+    groups, report = read_groups(
+        Dataset.from_list([UNSCORED] * 1001 + [scored]), same_prompt="keep"
+    )
     assert groups[1001]["rewards"] == [2.0, 1.0]
     assert groups[0]["rewards"] is None
     assert report.counts["unscored_groups"] == 1001
@@ -42,7 +44,7 @@ def test_scores_that_begin_after_a_thousand_rows_are_read():
 def test_dropped_rows_take_their_rewards_along():
     rows = [{**GROUP, "rewards": [float(i), 9.0]} for i in range(4)]
     rows[1]["rewards"] = [1.0]
-    groups, report = read_groups(Dataset.from_list(rows), invalid="drop")
+    groups, report = read_groups(Dataset.from_list(rows), invalid="drop", same_prompt="keep")
     assert groups["rewards"][:] == [[0.0, 9.0], [2.0, 9.0], [3.0, 9.0]]
     assert report.dropped == {"rewards must have one entry per response": [1]}
 
@@ -135,17 +137,25 @@ def test_an_unknown_attribute_weight_is_named():
         to_groups(rows, attribute_weights={"helpfullness": 1.0})
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        IterableDataset.from_generator(lambda: iter([GROUP])),
-        DatasetDict(train=Dataset.from_list([GROUP])),
-    ],
-)
-def test_streams_and_splits_are_named(rows):
-    name = type(rows).__name__
-    with pytest.raises(TypeError, match=f"must be a datasets.Dataset; got {name}. Choose a split"):
-        to_groups(rows)
+def test_several_splits_are_named():
+    with pytest.raises(TypeError, match="got DatasetDict. Choose a split"):
+        to_groups(DatasetDict(train=Dataset.from_list([GROUP])))
+
+
+def test_a_stream_is_read_as_it_passes():
+    rows = [{**GROUP, "rewards": [float(i), 9.0]} for i in range(4)]
+    rows[2]["rewards"] = [1.0]
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    groups, report = read_groups(stream, invalid="drop")
+    whole, told = read_groups(Dataset.from_list(rows), invalid="drop", same_prompt="keep")
+    assert list(groups) == list(whole)
+    assert (report.rows, report.groups, report.dropped) == (4, 3, told.dropped)
+    assert report.counts["duplicate_responses"] == told.counts["duplicate_responses"]
+    with pytest.raises(ValueError, match="row 2: rewards must have one entry per response"):
+        list(to_groups(stream))
+    labelled = relabel(to_groups(stream, invalid="drop"), procedure="best_of_4", beta=0.1)
+    exact = relabel(whole, procedure="best_of_4", beta=0.1)
+    assert [row["transformed_rewards"] for row in labelled] == exact["transformed_rewards"][:]
 
 
 def test_rows_of_an_older_reading_do_not_come_back(tmp_path, monkeypatch):
