@@ -140,13 +140,16 @@ def training_rows(
     ValueError
         If no row is left.
     """
-    rows, tokenised, dropped = [], [], 0
+    rows, tokenised, dropped, cut_alike = [], [], 0, 0
     for row in dataset:
         group = _group(row, beta)
         if len(group["responses"]) < 2 and config.anchor == 0:
             dropped += 1  # a contrastive loss has nothing to compare
             continue
         tokens = _tokenise(group, tokenizer, config)
+        if config.anchor == 0 and sum(tokens.repeated) == len(tokens.response_ids) - 1:
+            cut_alike += 1  # one text is left, which cannot be better than itself
+            continue
         tokenised.append(tokens)
         rows.append(
             {
@@ -159,9 +162,11 @@ def training_rows(
     if not rows:
         raise ValueError(
             f"train_dataset must have a group of two responses or more; got {dropped} groups of "
-            "one. Draw more responses, or set anchor > 0."
+            f"one, and {cut_alike} whose responses are the same within max_response_length. Draw "
+            "more responses, raise the limit, or set anchor > 0."
         )
-    counts = {"rows": len(dataset), "dropped_single_response": dropped} | count_tokens(tokenised)
+    counts = {"rows": len(dataset), "dropped_single_response": dropped}
+    counts |= {"dropped_cut_alike": cut_alike} | count_tokens(tokenised)
     logger.info("training rows: %s", counts)
     return rows, counts
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 
 from ctrl_dpo import pairs, relabel
 
@@ -31,8 +32,14 @@ def test_one_step_of_trl(prompt, tmp_path):
         report_to="none",
         logging_steps=1,
     )
+    folder = tmp_path / "model"  # TRL loads its reference policy again, by name
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     trainer = trl.DPOTrainer(
-        tiny_llama(), args=args, train_dataset=made, processing_class=tiny_tokenizer()
+        AutoModelForCausalLM.from_pretrained(folder, dtype="float32"),
+        args=args,
+        train_dataset=made,
+        processing_class=tiny_tokenizer(),
     )
     trainer.train()
     logged = [row for row in trainer.state.log_history if "rewards/margins" in row]
