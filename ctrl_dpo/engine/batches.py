@@ -61,25 +61,6 @@ def collate(
     return batch
 
 
-def visible(segments: torch.Tensor) -> torch.Tensor:
-    """Return the ``(rows, 1, s, s)`` mask: True where a token may see another.
-
-    Parameters
-    ----------
-    segments : (rows, s) Tensor
-        0 for the prompt, one number per response, -1 for padding.
-
-    Returns
-    -------
-    (rows, 1, s, s) bool Tensor
-        Causal within the prompt and within a response; responses see the prompt.
-    """
-    query, key = segments.unsqueeze(2), segments.unsqueeze(1)
-    causal = torch.ones(segments.shape[1], segments.shape[1], device=segments.device).tril().bool()
-    # padding sees itself: a row of the mask without any True would give NaN
-    return (((key == 0) | (key == query)) & causal).unsqueeze(1)
-
-
 def _rows(
     groups: Sequence[Mapping[str, Any]], share_prompt: bool
 ) -> list[tuple[list[int], list[list[int]]]]:

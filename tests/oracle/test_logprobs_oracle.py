@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from ctrl_dpo.engine.batches import collate, visible
+from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.logprobs import response_logps, response_token_logps
+from ctrl_dpo.engine.masks import visible
 
 GROUPS = [
     {"prompt_ids": [5, 6, 7], "response_ids": [[10, 11, 2], [12, 2], [13, 14, 15, 16, 2]]},
