@@ -57,19 +57,38 @@ def write_demo_model(output: str | Path) -> Path:
     -------
     Path
         The folder, loadable by ``from_pretrained``.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds something that is no model.
+    OSError
+        If the folder cannot be written.
     """
     target = Path(output)
     if (target / "config.json").exists():
         return target
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(
+            f"output must be a new folder or hold a model; got {str(target)!r}, which holds "
+            f"{sorted(p.name for p in target.iterdir())[:3]}. Name another folder."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     given = os.environ.get("CTRL_DPO_DEMO_MODEL")
-    if given:
-        shutil.copytree(given, scratch, dirs_exist_ok=True)
-    else:
-        _convert(find_demo_gguf(), scratch)
-    scratch.chmod(0o755)
-    scratch.rename(target)  # complete or absent, whatever interrupts the conversion
+    try:
+        if given:
+            shutil.copytree(given, scratch, dirs_exist_ok=True)
+        else:
+            _convert(find_demo_gguf(), scratch)
+        scratch.chmod(0o755)
+        scratch.rename(target)  # complete or absent, whatever interrupts the conversion
+    except OSError:
+        # another process may have been first with the same model
+        if not (target / "config.json").exists():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

@@ -33,3 +33,25 @@ def test_another_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match="must have sha256 .*; got"):
         find_demo_gguf()
+
+
+def test_a_model_that_another_process_finished_first_is_kept(tmp_path, monkeypatch):
+    given, target = tmp_path / "given", tmp_path / "model"
+    given.mkdir()
+    (given / "config.json").write_text("{}")
+    monkeypatch.setenv("CTRL_DPO_DEMO_MODEL", str(given))
+
+    def meanwhile(source, scratch, **options):
+        target.mkdir()
+        (target / "config.json").write_text('{"first": 1}')
+
+    monkeypatch.setattr("shutil.copytree", meanwhile)
+    assert write_demo_model(target) == target
+    assert (target / "config.json").read_text() == '{"first": 1}'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["given", "model"]
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"output must be a new folder .*\['notes.txt'\]"):
+        write_demo_model(tmp_path)
