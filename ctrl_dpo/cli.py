@@ -58,11 +58,10 @@ def sample(
     from ctrl_dpo.engine.models import load_policy, load_tokenizer
     from ctrl_dpo.sample import sample as run
 
-    sampler = Sampler(draws, max_new_tokens, temperature, top_k, top_p, seed)
     run(
         read_rows(prompts),
         load_policy(model, dtype=dtype, load_in_8bit=load_in_8bit),
-        sampler,
+        Sampler(draws, max_new_tokens, temperature, top_k, top_p, seed),
         tokenizer=load_tokenizer(model),
         output=output,
         batch_rows=batch_rows,
@@ -213,18 +212,19 @@ def train(
     """Fit the policy offline. Every setting of the YAML file can be given as --key value."""
     from ctrl_dpo.arguments import parse_arguments
     from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows
+    from ctrl_dpo.data.hashes import model_hash
     from ctrl_dpo.train import CTRLDPOTrainer
 
     adapter, args = parse_arguments(config, context.args)
     places = {"output_dir", "run_name", "logging_dir", "reference_cache"}
     settings = {k: v for k, v in args.to_dict().items() if k not in places} | vars(adapter)
-    inputs = {"model": content_hash(model), "data": content_hash(data)}
-    folder = StageFolder(Path(args.output_dir), "train", settings, inputs, n_shards=0).open()
-    if not folder.is_complete:
+    inputs = {"model": model_hash(model), "data": content_hash(data)}
+    folder = StageFolder(Path(args.output_dir), "train", settings, inputs, n_shards=0)
+    if not folder.open().is_complete:
         trainer = CTRLDPOTrainer(model, args, read_rows(data), peft_config=adapter.peft_config())
-        result = trainer.train()
+        metrics = trainer.train().metrics
         trainer.save_model()
-        folder.finish({**trainer.data_counts, **result.metrics})
+        folder.finish(trainer.data_counts | metrics)
     _finished(folder.path)
 
 

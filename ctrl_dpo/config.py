@@ -63,7 +63,9 @@ class CTRLDPOConfig(TrainingArguments):
     load_in_8bit: bool = _doc("Hold the base model's linear layers in int8 (bitsandbytes).", False)
     model_dtype: str = _doc("Type of weights and activations of a model given by name.", "bfloat16")
     reference_cache: str | None = _doc(
-        "Folder of reference log-probabilities; default: in the output folder.", None
+        "Folder of reference log-probabilities; default: one for all runs, in "
+        "CTRL_DPO_CACHE or the cache folder of Hugging Face.",
+        None,
     )
 
     # what differs from transformers' own defaults, and why

@@ -57,7 +57,7 @@ class CTRLDPOTrainer(Trainer):
     Notes
     -----
     Log-probabilities of the reference policy are computed once, before the first update, with the
-    forward path and row layout of training, and kept in the output folder. Before the first update,
+    forward path and row layout of training, and kept for all runs. Before the first update,
     policy and reference are compared on a batch: they must be one function.
     """
 
@@ -115,7 +115,7 @@ class CTRLDPOTrainer(Trainer):
             logger.info("reference policy: log-probabilities of the dataset")
             return
         key = f"{identity}:{reference.dtype}:8bit={args.load_in_8bit}:share={args.share_prompt}"
-        folder = Path(args.reference_cache or Path(args.output_dir) / "reference")
+        folder = Path(args.reference_cache) if args.reference_cache else None
         computed = add_reference_logps(
             reference.eval(), rows, key, folder, args.per_device_train_batch_size, args.share_prompt
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -19,10 +21,16 @@ settings.register_profile("ci", max_examples=200, deadline=None, derandomize=Tru
 settings.load_profile("ci")
 # the models are tiny: threads would only wait for one another
 torch.set_num_threads(1)
+_CACHE = tempfile.TemporaryDirectory(prefix="ctrl_dpo_cache_")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Let only tests marked ``network`` open a socket; Unix sockets serve torch's data loaders."""
+    """Let only tests marked ``network`` open a socket; Unix sockets serve torch's data loaders.
+
+    What one test computes is not there for the next: each has a cache of its own.
+    """
+    name = hashlib.sha256(item.nodeid.encode()).hexdigest()[:16]
+    os.environ["CTRL_DPO_CACHE"] = str(Path(_CACHE.name) / name)
     if item.get_closest_marker("network") is None:
         from pytest_socket import disable_socket
 

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,11 +264,30 @@ def content_hash(source: str | Path) -> str:
     return f"hub:{source}"
 
 
-def folder_hash(path: Path) -> str:
-    """Return the sha256 over names and contents of the visible files of a folder."""
+def folder_hash(
+    path: Path, patterns: Sequence[str] = ("**/*",), hash_file: Callable[[Path], str] | None = None
+) -> str:
+    """Return the sha256 over names and contents of a folder's visible files.
+
+    Parameters
+    ----------
+    path : Path
+        Folder.
+    patterns : sequence of str
+        Which files count, as for ``Path.glob``; all by default.
+    hash_file : callable, optional
+        Returns the hash of one file; :func:`file_hash` by default.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        digest.update(str(file.relative_to(path)).encode() + b"\0" + file_hash(file).encode())
+    found = {file for pattern in patterns for file in path.glob(pattern)}
+    for file in sorted(p for p in found if p.is_file() and not p.name.startswith(".")):
+        mine = (hash_file or file_hash)(file)
+        digest.update(str(file.relative_to(path)).encode() + b"\0" + mine.encode())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ctrl_dpo.data.folders import content_hash
+from ctrl_dpo.data.hashes import model_hash
 
 
 def model_identity(model: Any, name: str | Path | None = None) -> str:
@@ -19,8 +19,9 @@ def model_identity(model: Any, name: str | Path | None = None) -> str:
     model : torch.nn.Module
         The loaded model.
     name : str or Path, optional
-        Where it was loaded from. A local folder is hashed by its files, a hub name by its commit;
-        without a name, or when the commit is not known, the tensors are hashed.
+        Where it was loaded from. A local folder is hashed by its weights and
+        configuration (:func:`ctrl_dpo.data.hashes.model_hash`), a hub name by its commit; without a
+        name, or when the commit is not known, the tensors are hashed.
 
     Returns
     -------
@@ -28,7 +29,7 @@ def model_identity(model: Any, name: str | Path | None = None) -> str:
         ``files:SHA256``, ``hub:NAME@COMMIT`` or ``tensors:SHA256``.
     """
     if name is not None and Path(name).is_dir():
-        return f"files:{content_hash(name)}"
+        return f"files:{model_hash(name)}"
     commit = getattr(model.config, "_commit_hash", None)
     if name is not None and commit:
         return f"hub:{name}@{commit}"
@@ -41,5 +42,5 @@ def tensors_hash(model: torch.nn.Module) -> str:
     for key, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

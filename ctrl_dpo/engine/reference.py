@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ctrl_dpo.data.hashes import user_cache
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import adapter_off
+from ctrl_dpo.engine.numerics import numerics
+from ctrl_dpo.engine.reference_store import ReferenceStore
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -38,10 +44,48 @@ def reference_logps(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tens
         return response_logps(model, batch)
 
 
+def compute_rows(
+    model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int, share: bool
+) -> Iterator[tuple[int, list[float]]]:
+    """Compute rows under the reference policy, longest first, and yield each with its place.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        See :func:`reference_logps`.
+    rows : sequence of mapping
+        ``prompt_ids`` and ``response_ids``.
+    batch_size : int
+        Rows per forward pass.
+    share : bool
+        One row of the batch per group, else per response.
+
+    Yields
+    ------
+    place : int
+        Index into ``rows``.
+    logps : list of float
+        Nats per response.
+    """
+    # longest first: what does not fit in memory fails at once
+    order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i]["response_ids"])))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([_tokens(rows[i]) for i in chosen], share)
+        values = reference_logps(model, {k: v.to(model.device) for k, v in batch.items()})
+        parts = torch.split(values, [len(rows[i]["response_ids"]) for i in chosen])
+        yield from zip(chosen, (part.tolist() for part in parts), strict=True)
+
+
 def add_reference_logps(
-    model: Any, rows: Sequence[dict[str, Any]], key: str, folder: Path, batch_size: int, share: bool
+    model: Any,
+    rows: Sequence[dict[str, Any]],
+    key: str,
+    folder: Path | None,
+    batch_size: int,
+    share: bool,
 ) -> int:
-    """Fill in ``reference_logps`` of every row, from the folder's cache or by computing them.
+    """Fill in ``reference_logps`` of every row, from the cache or by computing them.
 
     Parameters
     ----------
@@ -50,9 +94,10 @@ def add_reference_logps(
     rows : sequence of dict
         Training rows; changed in place.
     key : str
-        Everything besides the tokens that decides the numbers: weights, types, row layout.
-    folder : Path
-        Where the numbers are kept.
+        Identity of the reference policy's weights, and what else the caller decides.
+    folder : Path or None
+        Where the numbers are kept; by default ``reference`` in the folder that all runs of a user
+        share (:func:`ctrl_dpo.data.hashes.user_cache`).
     batch_size : int
         Groups per forward pass.
     share : bool
@@ -61,50 +106,63 @@ def add_reference_logps(
     Returns
     -------
     int
-        Number of rows computed; the others were found.
+        Number of groups computed; the others were found.
+
+    Notes
+    -----
+    A number is found again by everything that decides it: ``key``, the row layout, the tokens of
+    the row, and :func:`ctrl_dpo.engine.numerics.numerics` (types, attention, autocast, processor,
+    threads, library versions, the code of the forward path). Template and tokenizer act through the
+    tokens. LoRA settings, learning rate, seed, output folder and the dataset do not act at all.
+
+    A row is what is computed as one: a group with ``share``, since the shape of a product decides
+    the order of its sums, else prompt and response alone. On a processor rows are computed one by
+    one, so that their neighbours cannot act. On an accelerator a batch is computed together, and
+    its padded shape moves the last bits of a value as it does for the policy in every step of
+    training; that shape is not a part of the key.
     """
-    names = [_row_key(key, row) for row in rows]
-    store = folder / "reference_logps.jsonl"
-    known = _read(store)
-    _cut_partial_line(store)
-    missing = [i for i, name in enumerate(names) if name not in known]
-    # longest first: what does not fit in memory fails at once
-    missing.sort(key=lambda i: -sum(map(len, rows[i]["response_ids"])))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (
-        store.open("a", encoding="utf-8") as file,
-        tqdm(total=len(missing), desc="reference", unit="group", disable=None) as bar,
-    ):
-        for start in range(0, len(missing), batch_size):
-            chosen = missing[start : start + batch_size]
-            batch = collate([rows[i] | {"reference_logps": None} for i in chosen], share)
-            values = reference_logps(model, {k: v.to(model.device) for k, v in batch.items()})
-            parts = torch.split(values, [len(rows[i]["response_ids"]) for i in chosen])
-            for i, part in zip(chosen, parts, strict=True):
-                known[names[i]] = part.tolist()
-                file.write(json.dumps({"key": names[i], "logps": known[names[i]]}) + "\n")
-            bar.update(len(chosen))
-    for row, name in zip(rows, names, strict=True):
-        row["reference_logps"] = known[name]
-    return len(missing)
+    parts = [row for group in rows for row in _units(group, share)]
+    names = [_row_key(part) for part in parts]
+    path = folder or user_cache() / "reference"
+    store = ReferenceStore(path, {"key": key, "share_prompt": share, **numerics(model)})
+    known = store.read()
+    # a row may be in the data twice
+    missing = {name: part for name, part in zip(names, parts, strict=True) if name not in known}
+    logger.info(
+        "reference cache %s: %d rows, %d found, %d to compute",
+        store.path,
+        len(set(names)),
+        len(set(names)) - len(missing),
+        len(missing),
+    )
+    if missing:
+        with store, tqdm(total=len(missing), desc="reference", unit="row", disable=None) as bar:
+            keys = list(missing)
+            for place, logps in compute_rows(model, list(missing.values()), batch_size, share):
+                store.add({keys[place]: logps})
+                known[keys[place]] = logps
+                bar.update()
+    values = iter(names)
+    computed = 0
+    for group in rows:
+        mine = [next(values) for _ in _units(group, share)]
+        computed += any(name in missing for name in mine)
+        group["reference_logps"] = [logp for name in mine for logp in known[name]]
+    return computed
 
 
-def _row_key(key: str, row: Mapping[str, Any]) -> str:
-    text = json.dumps([key, row["prompt_ids"], row["response_ids"]])
+def _units(group: Mapping[str, Any], share: bool) -> list[dict[str, Any]]:
+    """Cut a group into what is computed as one row."""
+    whole = _tokens(group)
+    if share:
+        return [whole]
+    return [whole | {"response_ids": [response]} for response in whole["response_ids"]]
+
+
+def _tokens(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: group[name] for name in ("prompt_ids", "response_ids")}
+
+
+def _row_key(row: Mapping[str, Any]) -> str:
+    text = json.dumps([row["prompt_ids"], row["response_ids"]])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _cut_partial_line(store: Path) -> None:
-    """Remove a last line without its end, so that the next entry starts a line of its own."""
-    if store.exists():
-        data = store.read_bytes()
-        with store.open("r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
-
-
-def _read(store: Path) -> dict[str, list[float]]:
-    """Read the cache; a last line cut by an interruption is not there yet."""
-    if not store.exists():
-        return {}
-    lines = store.read_text(encoding="utf-8").split("\n")[:-1]
-    return {entry["key"]: entry["logps"] for entry in map(json.loads, lines)}

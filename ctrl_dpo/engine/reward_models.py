@@ -11,6 +11,7 @@ import torch
 
 from ctrl_dpo._validation import check_choice
 from ctrl_dpo.data.folders import folder_hash
+from ctrl_dpo.data.hashes import known_file_hash
 from ctrl_dpo.engine.models import DTYPES, default_device, load_tokenizer
 from ctrl_dpo.engine.reward_functions import Candidate
 
@@ -73,7 +74,10 @@ class SequenceRewardModel:
     def identity(self) -> str:
         """Content of the checkpoint and the type it is computed in."""
         folder = Path(self.name)
-        content = folder_hash(folder) if folder.is_dir() else f"{self.name}@{self._revision()}"
+        if folder.is_dir():
+            content = folder_hash(folder, hash_file=known_file_hash)
+        else:
+            content = f"{self.name}@{self._revision()}"
         return f"{content}:{self.dtype}"
 
     def _revision(self) -> str:

@@ -205,3 +205,20 @@ def test_the_adapter_is_saved_and_is_the_trained_one(tmp_path):
     for name, value in saved.items():
         whole = name.replace(".weight", ".default.weight")
         assert torch.equal(value, trained[whole]), name
+
+
+def test_reference_values_are_shared_by_runs_of_other_settings(tmp_path, caplog):
+    """LoRA rank, learning rate, seed and output folder compute nothing again; a limit does."""
+    caplog.set_level("INFO", logger="ctrl_dpo")
+
+    def computed(name, rank=8, **settings):
+        caplog.clear()
+        args = CTRLDPOConfig(str(tmp_path / name), report_to="none", **settings)
+        lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        options = {"processing_class": tiny_tokenizer(), "peft_config": lora}
+        CTRLDPOTrainer(tiny_llama(), args, labels(), **options)
+        return caplog.text.partition("found, ")[2].partition(" to compute")[0]
+
+    assert computed("first") == "4"
+    assert computed("second", rank=2, learning_rate=1e-4, seed=7) == "0"
+    assert computed("third", max_response_length=3) != "0"

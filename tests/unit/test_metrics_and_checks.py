@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from tiny import tiny_llama
 
 from ctrl_dpo.engine.checks import check_model, check_step_zero
 from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics
-from ctrl_dpo.engine.reference import add_reference_logps
 
 
 def test_metrics_by_numpy(rng):
@@ -86,52 +83,3 @@ def test_another_reference_is_refused():
         check_step_zero(torch.tensor([0.0, 0.002]), torch.float32)
     with pytest.raises(ValueError, match="within 0.5 nats; got nan"):
         check_step_zero(torch.tensor([float("nan")]), torch.bfloat16)
-
-
-ROWS = [
-    {"prompt_ids": [5, 6], "response_ids": [[7, 2], [8, 9, 2]]},
-    {"prompt_ids": [5], "response_ids": [[7, 2]]},
-]
-
-
-def test_reference_values_are_computed_once_and_found_again(tmp_path):
-    def run(key="k", rows=ROWS):
-        rows = [dict(row) for row in rows]
-        return rows, add_reference_logps(tiny_llama(), rows, key, tmp_path, 1, True)
-
-    first, computed = run()
-    assert computed == 2
-    again, computed = run()
-    assert computed == 0
-    assert again == first
-    # other tokens, or anything else that decides the numbers, is another entry
-    assert run(rows=[ROWS[0], {**ROWS[1], "prompt_ids": [6]}])[1] == 1
-    assert run(key="other weights")[1] == 2
-
-
-def test_an_entry_cut_by_an_interruption_is_computed_again(tmp_path):
-    rows = [dict(row) for row in ROWS]
-    add_reference_logps(tiny_llama(), rows, "k", tmp_path, 1, True)
-    store = tmp_path / "reference_logps.jsonl"
-    whole = store.read_text()
-    store.write_text(whole[:-20])
-    again = [dict(row) for row in ROWS]
-    assert add_reference_logps(tiny_llama(), again, "k", tmp_path, 1, True) == 1
-    assert again == rows
-    # and what was appended after the cut line is readable
-    third = [dict(row) for row in ROWS]
-    assert add_reference_logps(tiny_llama(), third, "k", tmp_path, 1, True) == 0
-    assert len([json.loads(line) for line in whole.splitlines()]) == 2
-
-
-def test_the_adapter_is_off_for_the_reference(tmp_path):
-    model = get_peft_model(tiny_llama(), lora())
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                weight.normal_()
-    mine, theirs = [dict(row) for row in ROWS], [dict(row) for row in ROWS]
-    add_reference_logps(model, mine, "a", tmp_path, 2, True)
-    add_reference_logps(tiny_llama(), theirs, "b", tmp_path, 2, True)
-    for a, b in zip(mine, theirs, strict=True):
-        assert a["reference_logps"] == pytest.approx(b["reference_logps"], abs=1e-5)
