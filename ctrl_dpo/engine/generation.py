@@ -294,6 +294,7 @@ def _forward(
         attention_mask=visible[:, :covered].long(),
         position_ids=(ends - 1 + offsets).clamp(min=0),
         past_key_values=cache,
+        decode_cache=cache,
         use_cache=True,
         # an index, not a count: the strided slice of a count makes the head copy its weight per row
         logits_to_keep=torch.tensor([ids.shape[1] - 1], device=ids.device),

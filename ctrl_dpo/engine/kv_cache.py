@@ -1,4 +1,4 @@
-"""Key/value cache for decoding: few allocations, the prompt computed once for all its draws."""
+"""Key/value cache for decoding: few allocations, a prompt held once for all its draws."""
 
 from __future__ import annotations
 
@@ -17,54 +17,105 @@ _BLOCK = 32
 
 
 class BlockLayer(CacheLayerMixin):
-    """Keys and values of one layer in contiguous buffers that grow by blocks of positions.
+    """Keys and values of one layer: those of the prompts, and those of each draw.
 
-    Attention reads the whole buffer and the mask hides the positions not yet filled: CPU matrix
-    products copy their operands unless they are contiguous, which a view of the filled positions
-    is not. The first pass is the prompt pass: its rows are stored ``copies`` times each, so that
-    the draws of a prompt start from one computation.
+    The first pass is the prompt pass. Its keys and values are held once for the ``copies`` draws of
+    a prompt: memory and reads of a long prompt are shared, and its product with the queries of all
+    draws is one matrix product. The draws' own are contiguous buffers that grow by blocks of
+    positions. Attention reads the whole buffer and the mask hides the positions not yet filled: CPU
+    matrix products copy their operands unless they are contiguous, which a view of the filled
+    positions is not.
     """
 
     def __init__(self, copies: int, capacity: int) -> None:
         super().__init__()
         self.copies, self.capacity, self.length = copies, capacity, 0
+        self.prompt_keys: torch.Tensor
+        self.prompt_values: torch.Tensor
+        self.places: torch.Tensor
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Store the prompt pass."""
-        self.length = key_states.shape[2]
-        self.keys = self._room(key_states, self.copies)
-        self.values = self._room(value_states, self.copies)
+        self.prompt_keys, self.prompt_values = key_states, value_states
+        n_rows = len(key_states) * self.copies
+        # of each row, its place among all draws of the prompts that are held
+        self.places = torch.arange(n_rows, device=key_states.device)
+        self.keys, self.values = (
+            states.new_empty(n_rows, states.shape[1], 0, states.shape[3])
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
-    def allocated(self, length: int) -> int:
-        """Return the buffer's positions once ``length`` are filled."""
-        return min(-(-length // _BLOCK) * _BLOCK, self.capacity)
+    @property
+    def prompt_length(self) -> int:
+        """Positions of the prompts, padding included."""
+        return self.prompt_keys.shape[2] if self.is_initialized else 0
 
-    def _room(self, states: torch.Tensor, copies: int = 1) -> torch.Tensor:
+    def allocated(self, length: int) -> int:
+        """Return the positions a mask covers once ``length`` are filled."""
+        own = -(-(length - self.prompt_length) // _BLOCK) * _BLOCK
+        return min(self.prompt_length + own, self.capacity)
+
+    def _room(self, states: torch.Tensor) -> torch.Tensor:
         """Copy states into a buffer with room for the current length; the rest is zero."""
         rows, groups, length, width = states.shape
-        room = self.allocated(self.length)
-        buffer = states.new_zeros(rows, copies, groups, room, width)
-        buffer[:, :, :, :length] = states.unsqueeze(1)
-        return buffer.flatten(0, 1)
+        room = self.allocated(self.length) - self.prompt_length
+        buffer = states.new_zeros(rows, groups, room, width)
+        buffer[:, :, :length] = states
+        return buffer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append positions in place; return the buffers (the prompt pass: its own states)."""
+        """Append positions in place; return the draws' own (the prompt pass: its own states)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+            self.length = key_states.shape[2]
             return key_states, value_states
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if self.length > self.keys.shape[2]:
+        start = self.length - self.prompt_length
+        self.length += key_states.shape[2]
+        if self.length > self.prompt_length + self.keys.shape[2]:
             self.keys, self.values = self._room(self.keys), self._room(self.values)
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
+        self.keys[:, :, start : start + key_states.shape[2]] = key_states
+        self.values[:, :, start : start + key_states.shape[2]] = value_states
         return self.keys, self.values
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these, in this order."""
+        """Drop all rows but these, in this order, and the prompts without any."""
         self.keys, self.values = self.keys[rows], self.values[rows]
+        prompts, mine = torch.unique(self.places[rows] // self.copies, return_inverse=True)
+        self.places = mine * self.copies + self.places[rows] % self.copies
+        if len(prompts) < len(self.prompt_keys):
+            self.prompt_keys = self.prompt_keys[prompts]
+            self.prompt_values = self.prompt_values[prompts]
+
+    def times_prompt(self, rows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Multiply each row by the states of its prompt, all draws of a prompt in one product.
+
+        Parameters
+        ----------
+        rows : (b, groups, n, d) Tensor
+            One matrix per row and group of heads.
+        states : (n_prompts, groups, d, e) Tensor
+            Of the prompts.
+
+        Returns
+        -------
+        (b, groups, n, e) Tensor
+            The products.
+        """
+        _, groups, n, d = rows.shape
+        n_prompts = len(states)
+        complete = len(rows) == n_prompts * self.copies  # then the places are in order
+        spread = rows
+        if not complete:
+            spread = rows.new_zeros(n_prompts * self.copies, groups, n, d)
+            spread[self.places] = rows
+        spread = spread.view(n_prompts, self.copies, groups, n, d).transpose(1, 2)
+        product = spread.reshape(n_prompts, groups, self.copies * n, d) @ states
+        product = product.view(n_prompts, groups, self.copies, n, -1).transpose(1, 2)
+        product = product.flatten(0, 1)
+        return product if complete else product[self.places]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of key positions a mask must cover, and their offset."""
@@ -93,13 +144,15 @@ def decode_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    decode_cache: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend with one new position per row, as two products over grouped heads.
+    """Attend with one new position per row, as products over grouped heads.
 
     The fused CPU kernel is made for long queries: at one query position it takes five times as
     long. Query heads that share a key head are the rows of one small product, so keys are not
-    repeated. Longer queries go to the stock kernel.
+    repeated, and the draws of a prompt those of one larger product with its keys, so that a prompt
+    is read once for all of them. The prompt pass goes to the stock kernel.
 
     Parameters
     ----------
@@ -108,11 +161,13 @@ def decode_attention(
     query : (b, n_heads, q, d) Tensor
         Queries.
     key, value : (b, n_key_heads, t, d) Tensor
-        Keys and values of all positions so far.
+        Keys and values of the draws, or in the prompt pass of the prompts.
     attention_mask : (b, 1, q, t) bool Tensor or None
         True where a key may be seen.
     scaling : float, optional
         Factor on the products; ``d ** -0.5`` by default.
+    decode_cache : Cache, optional
+        From :func:`block_cache`, which holds the prompts; passed through the model's forward call.
     **kwargs
         Passed on to the stock kernel; soft-capping is left to it.
 
@@ -121,19 +176,24 @@ def decode_attention(
     ((b, q, n_heads, d) Tensor, None)
         The attended values; attention weights are not kept.
     """
-    rows, heads, length, width = query.shape
-    if length != 1 or kwargs.get("softcap") is not None:
+    rows, heads, _, width = query.shape
+    layer = None if decode_cache is None else decode_cache.layers[module.layer_idx]
+    if layer is None or layer.length == layer.prompt_length or kwargs.get("softcap") is not None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     groups = key.shape[1]
     grouped = query.view(rows, groups, heads // groups, width)
-    scale = width**-0.5 if scaling is None else scaling
-    scores = (grouped * scale) @ key.transpose(-1, -2)
+    grouped = grouped * (width**-0.5 if scaling is None else scaling)
+    shared = layer.times_prompt(grouped, layer.prompt_keys.transpose(-1, -2))
+    scores = torch.cat([shared, grouped @ key.transpose(-1, -2)], dim=-1)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).view(rows, 1, heads, value.shape[-1]), None
+    start = layer.prompt_length
+    made = layer.times_prompt(weights[..., :start], layer.prompt_values)
+    made = made + weights[..., start:] @ value
+    return made.reshape(rows, 1, heads, value.shape[-1]), None
 
 
 def use_decode_attention(model: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,9 +15,9 @@ from ctrl_dpo.engine.generation import (
     draw_responses,
     end_tokens,
 )
-from ctrl_dpo.engine.kv_cache import use_decode_attention
+from ctrl_dpo.engine.kv_cache import block_cache, decode_attention, use_decode_attention
 
-PROMPTS = [[1, 40, 41, 42], [1, 50], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71]]
+PROMPTS = [[1, 40, 41, 42], [1], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71]]
 
 
 @pytest.fixture(params=["llama", "llama_no_groups"])
@@ -157,3 +159,34 @@ def test_end_tokens_are_those_of_the_model_and_the_tokenizer():
 def test_sampler_settings_are_checked_when_built(field, value, message):
     with pytest.raises(ValueError, match=message):
         Sampler(**{field: value})
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4, 5], [1, 2, 5], [3, 4, 5], [4]])
+def test_attention_to_a_shared_prompt_equals_attention_to_copies_of_it(kept):
+    """Two prompts with three draws each, of which some are left: against transformers' kernel."""
+    generator = torch.Generator().manual_seed(0)
+
+    def states(rows, heads, length):
+        return torch.randn(rows, heads, length, 8, generator=generator)
+
+    cache = block_cache(1, copies=3, capacity=40)
+    prompts = states(2, 2, 5), states(2, 2, 5)
+    cache.update(*prompts, 0)
+    layer, module = cache.layers[0], SimpleNamespace(layer_idx=0, is_causal=False, training=False)
+    first, second = (states(6, 2, 1), states(6, 2, 1)), (states(6, 2, 1), states(6, 2, 1))
+    cache.update(*first, 0)
+    rows = torch.tensor(kept)
+    layer.keep_rows(rows)
+    own = cache.update(*(x[rows] for x in second), 0)
+    query, mask = states(len(kept), 4, 1), torch.zeros(len(kept), 1, 1, 37, dtype=torch.bool)
+    mask[..., 1:7] = True  # one position of padding, four of the prompt, two drawn
+    made, _ = decode_attention(module, query, *own, mask, decode_cache=cache)
+    keys, values = (
+        torch.cat([p.repeat_interleave(3, 0), a, b], dim=2)[rows].repeat_interleave(2, 1)
+        for p, a, b in zip(prompts, first, second, strict=True)
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys[:, :, 1:], values[:, :, 1:]
+    )
+    torch.testing.assert_close(made, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    assert len(layer.prompt_keys) == len({row // 3 for row in kept})
