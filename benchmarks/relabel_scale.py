@@ -1,11 +1,15 @@
 """How long and how much memory calibrating and relabelling take at scale.
 
+``relabel`` is the function on stored groups. ``ctrl-dpo relabel`` is the whole command in a process
+of its own: reading a file, checking every row, merging, relabelling, the summary, and writing.
 Usage: python benchmarks/relabel_scale.py [GROUPS], by default 1,000,000 of 8, 32 reference rewards
 """
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +47,17 @@ def write(path: Path, groups: int) -> None:
     writer.close()  # type: ignore[union-attr]
 
 
+def command(path: Path, output: Path, groups: int, processes: int) -> dict[str, object]:
+    """Run the whole command, and return its seconds and its largest resident memory."""
+    words = [sys.executable, "-c", "from ctrl_dpo.cli import main; main()", "relabel", str(path)]
+    words += ["--output", str(output), "--target-kl", "1", "--num-proc", str(processes)]
+    start = time.perf_counter()
+    subprocess.run(words, check=True, capture_output=True)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    return _row(f"ctrl-dpo relabel, {processes} processes", groups, seconds, peak)
+
+
 def main() -> None:
     """Print seconds and the largest resident memory, and append them to the results."""
     groups = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
@@ -50,6 +65,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "groups.parquet"
         write(path, groups)
+        os.environ["HF_DATASETS_CACHE"] = folder
+        for processes in (1, 2):
+            rows.append(command(path, Path(folder) / f"out{processes}", groups, processes))
         data = read_rows(path)
         for processes in (1, 2):
             start = time.perf_counter()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import statistics
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ctrl_dpo.commands.labels import relabel, score
+from ctrl_dpo.commands.options import Output, Seed, finished
 
 EVALUATION = "evaluation.json"
 PROCEDURES = ["single_draw", "best_of_4", "worst_of_4"]
@@ -22,13 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Offline preference optimisation for models used through best-of-N or worst-of-N.",
 )
-
-Output = Annotated[Path, typer.Option(help="Folder to write; finished work in it is not redone.")]
-Procedure = Annotated[
-    str, typer.Option(help="How the model will be used: single_draw, best_of_4, worst_of_8, ...")
-]
-Layout = Annotated[str, typer.Option(help="Layout of the data; found by its columns by default.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
 
 
 @app.command()
@@ -68,138 +61,11 @@ def sample(
         shard_prompts=shard_prompts,
         log_ratios=log_ratios,
     )
-    _finished(output)
+    finished(output)
 
 
-@app.command()
-def score(
-    groups: Annotated[str, typer.Argument(help="Stage folder or file with prompt, responses.")],
-    reward: Annotated[str, typer.Option(help="Sequence-classification model, or module:function.")],
-    output: Output,
-    layout: Layout = "auto",
-    batch_size: Annotated[int, typer.Option(help="Responses per forward pass.")] = 16,
-    cache: Annotated[
-        Path | None, typer.Option(help="File of scores; default: beside the output.")
-    ] = None,
-) -> None:
-    """Add a reward to every response."""
-    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
-    from ctrl_dpo.data.layouts import read_groups
-    from ctrl_dpo.score import load_reward
-    from ctrl_dpo.score import score as run
-
-    model = load_reward(reward)
-    store = cache or output.with_name(f"{output.name}.scores.jsonl")
-    folder = StageFolder(
-        output,
-        "score",
-        {"reward": reward, "identity": model.identity},
-        {"groups": content_hash(groups)},
-    )
-
-    def make() -> tuple[Any, dict[str, Any]]:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        found, report = read_groups(read_rows(groups), layout)
-        scored = run(found, model, batch_size=batch_size, cache=store)
-        return scored, report.summary() | _reward_summary(scored["rewards"])
-
-    run_once(folder, make)
-    _finished(output)
-
-
-@app.command()
-def relabel(
-    source: Annotated[str, typer.Argument(help="Scored responses: stage folder, file, hub name.")],
-    output: Output,
-    procedure: Procedure = "best_of_4",
-    transformation: Annotated[
-        str, typer.Option(help="optimal, identity, log, normal_quantile or exponential:RATE.")
-    ] = "optimal",
-    target_kl: Annotated[
-        float | None, typer.Option(help="KL budget in nats per response; sets beta.")
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")] = None,
-    estimator: Annotated[
-        str | None,
-        typer.Option(
-            help="rank_optimal (default of optimal), posterior (of others), plug_in or levels."
-        ),
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
-    ] = None,
-    ties: Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")] = "drop",
-    calibration: Annotated[
-        str, typer.Option(help="empirical, pooled (few draws) or weighted (another policy's).")
-    ] = "empirical",
-    extremes: Annotated[
-        int | None, typer.Option(help="Keep only so many best and worst responses of each group.")
-    ] = None,
-    layout: Layout = "auto",
-    column: Annotated[
-        list[str] | None, typer.Option(help="OURS=THEIRS, such as rewards=scores; repeatable.")
-    ] = None,
-    invalid: Annotated[
-        str, typer.Option(help="Rows that break the rules: error or drop.")
-    ] = "error",
-    same_prompt: Annotated[
-        str, typer.Option(help="Rows of one prompt: merge into one group, or keep apart.")
-    ] = "merge",
-    ranks_as_rewards: Annotated[
-        bool, typer.Option(help="Accept ranks, which tell the order only, as rewards.")
-    ] = False,
-    num_proc: Annotated[int | None, typer.Option(help="Processes.")] = None,
-) -> None:
-    """Calibrate and transform rewards into training targets: groups, or pairs with margins."""
-    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
-    from ctrl_dpo.data.layouts import read_groups
-    from ctrl_dpo.measures.label_summary import summarise_labels
-    from ctrl_dpo.relabel import count_pairs
-    from ctrl_dpo.relabel import pairs as make_pairs
-    from ctrl_dpo.relabel import relabel as run
-
-    settings = {
-        "procedure": procedure,
-        "transformation": transformation,
-        "target_kl": target_kl,
-        "beta": beta,
-        "estimator": estimator,
-        "calibration": calibration,
-        "extremes": extremes,
-        "pairs": pairs,
-        "ties": ties,
-    }
-    columns = dict(part.split("=", 1) for part in column or []) or None
-    reading: dict[str, Any] = {
-        "layout": layout,
-        "columns": columns,
-        "invalid": invalid,
-        "same_prompt": same_prompt,
-        "ranks_as_rewards": ranks_as_rewards,
-    }
-
-    def make() -> tuple[Any, dict[str, Any]]:
-        groups, report = read_groups(read_rows(source), num_proc=num_proc, **reading)
-        made = run(
-            groups,
-            procedure=procedure,
-            transformation=transformation,
-            beta=beta,
-            target_kl=target_kl,
-            estimator=estimator,
-            calibration=calibration,
-            extremes=extremes,
-            num_proc=num_proc,
-        )
-        summary = report.summary() | summarise_labels(made).to_dict() | {"beta": made[0]["beta"]}
-        if pairs is None:
-            return made, summary
-        return make_pairs(made, pairs, ties=ties), summary | count_pairs(made, pairs, ties=ties)
-
-    folder = StageFolder(output, "relabel", settings | reading, {"source": content_hash(source)})
-    run_once(folder, make)
-    _tabulated(output)
+app.command()(score)
+app.command()(relabel)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -225,7 +91,7 @@ def train(
         metrics = trainer.train().metrics
         trainer.save_model()
         folder.finish(trainer.data_counts | metrics)
-    _finished(folder.path)
+    finished(folder.path)
 
 
 @app.command()
@@ -257,24 +123,32 @@ def evaluate(
         write_atomically(output / EVALUATION, text.encode("utf-8"))
         rates = {f"win rate {p}": r["value"] for p, r in record["win_rates"].items()}
         folder.finish(rates | ({} if record["kl"] is None else {"kl": record["kl"]["value"]}))
-    _finished(output)
+    finished(output)
 
 
 @app.command()
 def report(
-    evaluations: Annotated[list[Path], typer.Argument(help="Folders of `ctrl-dpo evaluate`.")],
     output: Annotated[Path, typer.Option(help="Folder to write; an old report is replaced.")],
+    evaluations: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of `ctrl-dpo evaluate`.")
+    ] = None,
     training: Annotated[
         list[str] | None, typer.Option(help="NAME=FOLDER of `ctrl-dpo train`, for its curves.")
     ] = None,
+    labels: Annotated[
+        list[Path] | None, typer.Option(help="Folder of `ctrl-dpo relabel`; repeatable.")
+    ] = None,
 ) -> None:
-    """Write report.md and its pictures from evaluations of one or more policies."""
+    """Write report.md and its pictures from evaluations of policies, or of labels alone."""
+    from ctrl_dpo.report import label_summaries, report_inputs
     from ctrl_dpo.report import report as run
-    from ctrl_dpo.report import report_inputs
 
-    records = [json.loads((path / EVALUATION).read_text(encoding="utf-8")) for path in evaluations]
+    records = [
+        json.loads((path / EVALUATION).read_text(encoding="utf-8")) for path in evaluations or []
+    ]
     logs = dict(part.split("=", 1) for part in training or [])
-    typer.echo(run(output, records, **report_inputs(records, logs)))
+    summaries = label_summaries(labels or [])
+    typer.echo(run(output, records, labels=summaries, **report_inputs(records, logs)))
 
 
 @app.command()
@@ -307,36 +181,6 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for the model.")]) ->
     from ctrl_dpo.engine.demo_model import write_demo_model
 
     typer.echo(f"{write_demo_model(output)}: ready")
-
-
-def _finished(output: Path) -> None:
-    """Print a stage's own summary."""
-    from ctrl_dpo.data.folders import read_record
-
-    summary = read_record(output)["summary"]
-    typer.echo(f"{output}: {', '.join(f'{k} {_short(v)}' for k, v in summary.items())}")
-
-
-def _tabulated(output: Path) -> None:
-    """Print a stage's own summary, one line a number."""
-    from ctrl_dpo.data.folders import read_record
-    from ctrl_dpo.measures.tables import table
-
-    rows = [[name, _short(value)] for name, value in read_record(output)["summary"].items()]
-    typer.echo(table([str(output), "value"], rows))
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _reward_summary(rewards: Iterable[Sequence[float]]) -> dict[str, Any]:
-    """Count scores, and the pairs within prompts that they leave tied."""
-    groups = [list(group) for group in rewards]
-    values = [value for group in groups for value in group]
-    pairs = [a == b for group in groups for a, b in itertools.combinations(group, 2)]
-    summary = {"prompts": len(groups), "responses": len(values), "mean": statistics.fmean(values)}
-    return summary | ({"tied_pairs": statistics.fmean(pairs)} if pairs else {})
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from ctrl_dpo._validation import (
     check_one_of,
     check_positive,
 )
-from ctrl_dpo.calibrate import METHODS
+from ctrl_dpo.calibrate import METHODS, RewardCalibrator
 from ctrl_dpo.data import columns
 from ctrl_dpo.labels.datasets import add_calibrated, add_columns
 from ctrl_dpo.labels.extremes import keep_extremes
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ESTIMATORS = ("rank_optimal", "posterior", "plug_in", LEVELS)
+_UNSCORED = "These are unscored: run `ctrl-dpo score` first, or give `ctrl-dpo relabel` a --reward."
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
 
 
@@ -39,7 +40,7 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     transformation: Any = "optimal",
     beta: float | None = None,
     target_kl: float | None = None,
-    calibration: str = "empirical",
+    calibration: str | RewardCalibrator = "empirical",
     estimator: str | None = None,
     against: str | Procedure | None = None,
     extremes: int | None = None,
@@ -64,12 +65,13 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         Strength of the KL penalty, > 0. Give this or ``target_kl``.
     target_kl : float, optional
         KL budget in nats per response, from which beta follows.
-    calibration : {"empirical", "pooled", "weighted"}
+    calibration : {"empirical", "pooled", "weighted"} or RewardCalibrator
         ``"empirical"``: ranks among the prompt's own draws. ``"pooled"``: for few draws, or none,
-        shrunk toward what all prompts share. ``"weighted"``: for responses that another policy
-        drew, by ``reference_logps`` minus ``sampler_logps``. See
-        :class:`ctrl_dpo.calibrate.RewardCalibrator`; the transformation is applied to these as
-        they are (``estimator="plug_in"``).
+        shrunk toward what all prompts share, and toward what the column ``prompt_features`` (lists
+        of floats) predicts, if there is one. ``"weighted"``: for responses that another policy
+        drew, by ``reference_logps`` minus ``sampler_logps``; adds ``effective_sample_size``. A
+        :class:`ctrl_dpo.calibrate.RewardCalibrator` sets the least one that is accepted. The
+        transformation is applied to these as they are (``estimator="plug_in"``).
     estimator : {"rank_optimal", "posterior", "plug_in", "levels"}, optional
         How ranks among few draws become transformed rewards. ``"rank_optimal"``, the default of
         ``"optimal"``: such that the policy fitted to them is optimal and has the KL budget, see
@@ -100,6 +102,8 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
 
     Notes
     -----
+    What became of the labels is told by
+    :func:`ctrl_dpo.measures.label_summary.summarise_labels` and :func:`count_pairs`.
     A response that is itself a reference draw is compared with the other draws (leave one out),
     the only one of its prompt is given 1/2. A relabelled dataset can be relabelled again.
 
@@ -112,21 +116,31 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     >>> relabel(groups, procedure="best_of_4", beta=0.1)["calibrated_rewards"][0]
     [0.0, 1.0, 0.5]
     """
-    found = groups.column_names or list(next(iter(groups)))
+    from datasets import Dataset
+
+    found = _names(groups)
     check_columns(found, [columns.RESPONSES], "Use to_groups first.")
-    check_columns(found, [columns.REWARDS], "Run `ctrl-dpo score` first: these are unscored.")
-    check_choice("calibration", calibration, METHODS)
-    if calibration != "empirical":
+    check_columns(found, [columns.REWARDS], _UNSCORED)
+    if not isinstance(calibration, RewardCalibrator):
+        calibration = RewardCalibrator(check_choice("calibration", calibration, METHODS))
+    if calibration.method != "empirical":
         estimator = check_choice("estimator", estimator or "plug_in", ["plug_in"])
     settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
-    if calibration == "empirical":
+    if calibration.method == "empirical":
         made = add_columns(groups, found, settings, map_options)
     else:
         made = add_calibrated(groups, found, calibration, settings)
     if extremes is None:
         return made
     count = check_integer("extremes", extremes, 1)
-    return made.map(partial(keep_extremes, count=count))
+    options = {"desc": "extremes", **map_options} if isinstance(made, Dataset) else {}
+    options.pop("batch_size", None)  # rows are cut one by one
+    return made.map(partial(keep_extremes, count=count), **options)
+
+
+def _names(rows: Any) -> list[str]:
+    """Return the columns, of a stream that does not know them those of its first row."""
+    return list(rows.column_names or next(iter(rows), {}))
 
 
 def _settings(
@@ -184,7 +198,7 @@ def pairs(
 
     Parameters
     ----------
-    relabelled : Dataset
+    relabelled : Dataset or IterableDataset
         What :func:`relabel` returned.
     strategy : str
         ``"best_worst"`` one pair a group, ``"adjacent"`` neighbours in rank, ``"all"``,
@@ -198,7 +212,7 @@ def pairs(
 
     Returns
     -------
-    Dataset
+    Dataset or IterableDataset
         ``prompt, chosen, rejected, margin``, in TRL's standard or conversational format, with
         ``beta``, ``procedure`` and ``transformation``. Two equal texts never make a pair.
 
@@ -217,16 +231,20 @@ def pairs(
     >>> pairs(labelled)[0]["chosen"], pairs(labelled)[0]["rejected"], pairs(labelled)[0]["margin"]
     ('b', 'a', 0.5)
     """
+    from datasets import Dataset
+
     settings = _pair_settings(relabelled, strategy, ties, seed)
+    stored = isinstance(relabelled, Dataset)
+    if stored:  # of a stream, what is returned is all that it keeps
+        map_options = {"remove_columns": relabelled.column_names, "desc": "pairs", **map_options}
     made = relabelled.with_format("arrow").map(
         pair_batch,
         batched=True,
         with_indices=True,
         fn_kwargs=settings,
-        remove_columns=relabelled.column_names,
-        **{"desc": "pairs", **map_options},
+        **map_options,
     )
-    if len(made) == 0:
+    if stored and len(made) == 0:
         counts = count_pairs(relabelled, strategy, ties=ties, seed=seed)
         raise ValueError(
             f"relabelled must hold a pair of unequal responses; got {counts}. Score with a finer "
@@ -249,7 +267,8 @@ def count_pairs(
     -------
     dict
         ``groups``, ``pairs``, ``groups_without_pair``, and among the candidates of the strategy
-        ``tied_pairs`` (kept or dropped by ``ties``) and ``duplicate_responses`` (dropped).
+        ``tied_pairs`` (kept or dropped by ``ties``) and ``duplicate_pairs`` (of equal texts,
+        dropped); of the pairs made, ``flipped_pairs`` (the chosen response has the lower reward).
 
     Examples
     --------
@@ -264,8 +283,9 @@ def count_pairs(
     """
     settings = _pair_settings(relabelled, strategy, ties, seed)
     totals = {"groups": len(relabelled), "pairs": 0, "groups_without_pair": len(relabelled)}
-    totals |= {"tied_pairs": 0, "duplicate_responses": 0}
-    numbers = relabelled.select_columns([columns.RESPONSES, *_LISTS])
+    totals |= {"tied_pairs": 0, "duplicate_pairs": 0, "flipped_pairs": 0}
+    rewards = [columns.REWARDS] if columns.REWARDS in relabelled.column_names else []
+    numbers = relabelled.select_columns([columns.RESPONSES, *_LISTS, *rewards])
     start = 0
     for table in numbers.with_format("arrow").iter(batch_size=1000):
         found = select_pairs(table, list(range(start, start + len(table))), **settings)
@@ -273,14 +293,15 @@ def count_pairs(
         totals["pairs"] += found.row.size
         totals["groups_without_pair"] -= np.unique(found.row).size
         totals["tied_pairs"] += found.ties
-        totals["duplicate_responses"] += found.duplicates
+        totals["duplicate_pairs"] += found.duplicates
+        totals["flipped_pairs"] += found.flips
     return totals
 
 
 def _pair_settings(relabelled: Dataset, strategy: str, ties: str, seed: int) -> dict[str, Any]:
     """Check the arguments of :func:`pairs`."""
     required = [columns.PROMPT, columns.RESPONSES, *_LISTS, columns.BETA]
-    check_columns(relabelled.column_names, required, "Call relabel first.")
+    check_columns(_names(relabelled), required, "Call relabel first.")
     return {
         "strategy": parse_strategy(strategy),
         "ties": check_choice("ties", ties, TIES),

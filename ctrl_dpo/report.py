@@ -12,11 +12,13 @@ from numpy.typing import ArrayLike
 
 from ctrl_dpo.calibrate import calibrated_reward
 from ctrl_dpo.data.columns import REWARDS
-from ctrl_dpo.data.folders import read_rows, write_atomically
+from ctrl_dpo.data.folders import read_record, read_rows, write_atomically
 from ctrl_dpo.evaluate import compare
 from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.figure_style import DPI
+from ctrl_dpo.measures.label_plots import label_figure
 from ctrl_dpo.measures.planning import frontier_rows
-from ctrl_dpo.measures.tables import cell, table
+from ctrl_dpo.measures.tables import cell, figures, table
 from ctrl_dpo.measures.win_rates import untrained_win_rate
 
 if TYPE_CHECKING:
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 METRICS = "metrics.jsonl"  # what the trainer leaves beside the adapter
 
+_LABELS = (
+    "What became of the rows; calibrated rewards of one half of every prompt's reference draws, "
+    "calibrated by the other half; and the margins that the policy is fitted to. Few draws a "
+    "prompt leave gaps between ranks."
+)
 _CAPTIONS = {
     "frontier.png": "Win rate against KL. No policy lies above the black curve but for noise; the "
     "further below it a point lies, the more of its KL went into changes that the rewards ignore.",
@@ -35,7 +42,7 @@ _CAPTIONS = {
 }
 
 
-def report(
+def report(  # noqa: PLR0913 (each is a section of the page)
     path: str | Path,
     records: Sequence[Record],
     *,
@@ -45,6 +52,7 @@ def report(
     reference_rewards: ArrayLike | None = None,
     policy_rewards: Mapping[str, ArrayLike] | None = None,
     settings: Mapping[str, Any] | None = None,
+    labels: Mapping[str, Record] | None = None,
 ) -> Path:
     """Write ``report.md`` and its figures.
 
@@ -65,6 +73,10 @@ def report(
         Rewards of single draws of the reference policy and of each policy; given together.
     settings : mapping, optional
         What made the numbers, ready for JSON.
+    labels : mapping of str to mapping, optional
+        Summaries of relabelled data by the name they get, as
+        :meth:`ctrl_dpo.measures.label_summary.LabelSummary.to_dict` returns them. With these,
+        ``records`` may be empty.
 
     Returns
     -------
@@ -74,25 +86,32 @@ def report(
     Raises
     ------
     ValueError
-        If there is no record.
+        If there is neither a record nor labels.
     """
-    if not records:
-        raise ValueError(f"records must hold at least one record; got {list(records)!r}.")
-    figures: dict[str, Figure] = {}
+    if not records and not labels:
+        raise ValueError(
+            f"records must hold at least one record; got {list(records)!r}. Name an evaluation, or "
+            "labels."
+        )
+    drawn: dict[str, Figure] = {}
     if any(record["kl"] is not None for record in records):
-        figures["frontier.png"] = _frontier_figure(records)
+        drawn["frontier.png"] = _frontier_figure(records)
     if reference_rewards is not None and policy_rewards is not None:
-        figures["rewards.png"] = plots.reward_figure(reference_rewards, policy_rewards)
+        drawn["rewards.png"] = plots.reward_figure(reference_rewards, policy_rewards)
     if calibrated_rewards is not None:
-        figures["calibration.png"] = plots.calibration_figure(calibrated_rewards, k)
+        drawn["calibration.png"] = plots.calibration_figure(calibrated_rewards, k)
     if training_logs:
-        figures["training.png"] = plots.training_figure(training_logs)
+        drawn["training.png"] = plots.training_figure(training_logs)
+    for number, (name, summary) in enumerate((labels or {}).items()):
+        drawn[f"labels{number}.png"] = label_figure(name, summary)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=plots.DPI)
+    for name, figure in drawn.items():
+        figure.savefig(folder / name, dpi=DPI)
     page = folder / "report.md"
-    write_atomically(page, _page(records, list(figures), settings or {}).encode("utf-8"))
+    write_atomically(
+        page, _page(records, list(drawn), settings or {}, labels or {}).encode("utf-8")
+    )
     return page
 
 
@@ -112,6 +131,8 @@ def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dic
         Keyword arguments of :func:`report`. Reference draws are split in halves: the first half of
         a prompt's draws calibrates the second.
     """
+    if not records:
+        return {}
     reference = [row[REWARDS] for row in read_rows(records[0]["sources"]["reference"])]
     half = min(map(len, reference)) // 2
     draws = np.array([row[: 2 * half] for row in reference])
@@ -130,6 +151,36 @@ def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dic
         },
         "settings": {r["name"]: {"sources": r["sources"], "seed": r["seed"]} for r in records},
     }
+
+
+def label_summaries(folders: Sequence[Path]) -> dict[str, Record]:
+    """Read what stages of labels say about themselves.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Finished folders of ``ctrl-dpo relabel``.
+
+    Returns
+    -------
+    dict of str to mapping
+        Summaries by folder, as :func:`report` takes them.
+
+    Raises
+    ------
+    ValueError
+        If one is something else.
+    """
+    found = {}
+    for folder in folders:
+        record = read_record(folder)
+        if "histograms" not in record.get("summary", {}):
+            raise ValueError(
+                f"labels must be finished folders of `ctrl-dpo relabel`; got {str(folder)!r} of "
+                f"stage {record.get('stage')!r}. Run that command first."
+            )
+        found[str(folder)] = record["summary"]
+    return found
 
 
 def win_rate_table(records: Sequence[Record]) -> str:
@@ -219,8 +270,27 @@ def _frontier_figure(records: Sequence[Record]) -> Figure:
     return plots.frontier_figure(rows, records, "Win rate at the KL paid for it, under the optimum")
 
 
-def _page(records: Sequence[Record], pictures: Sequence[str], settings: Mapping[str, Any]) -> str:
+def _page(
+    records: Sequence[Record],
+    pictures: Sequence[str],
+    settings: Mapping[str, Any],
+    labels: Mapping[str, Record],
+) -> str:
     """Compose the page."""
+    sections = _evaluation_sections(records) if records else {}
+    for name, summary in labels.items():
+        sections[f"Labels of {name}"] = table(["", "value"], figures(summary))
+    if pictures:
+        captions = {name: _CAPTIONS.get(name, _LABELS) for name in pictures}
+        shown = [f"![{text}]({name})\n\n{text}" for name, text in captions.items()]
+        sections["Figures"] = "\n\n".join(shown)
+    if settings:
+        sections["Settings"] = f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```"
+    return "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())
+
+
+def _evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
+    """Compose what evaluations tell."""
     first = records[0]
     served = (
         f"what {plots.words(first['against'])} serves" if first["against"] else "what it serves"
@@ -244,9 +314,4 @@ def _page(records: Sequence[Record], pictures: Sequence[str], settings: Mapping[
     }
     if len(records) > 1:
         sections["Differences, paired by prompt"] = comparison_table(records)
-    if pictures:
-        shown = [f"![{_CAPTIONS[name]}]({name})\n\n{_CAPTIONS[name]}" for name in pictures]
-        sections["Figures"] = "\n\n".join(shown)
-    if settings:
-        sections["Settings"] = f"```json\n{json.dumps(settings, indent=2, ensure_ascii=False)}\n```"
-    return "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())[1:]
+    return sections

@@ -130,7 +130,7 @@ def _candidates(groups: Dataset) -> Iterator[list[Candidate]]:
         raise ValueError("groups must hold at least one row; got 0.")
     for row, group in enumerate(groups.select_columns([PROMPT, RESPONSES])):
         prompt, responses = group[PROMPT], group[RESPONSES]
-        if not isinstance(prompt, str | list) or not prompt:
+        if not isinstance(prompt, str | list) or prompt == []:
             raise ValueError(f"prompt must be text or messages; got {prompt!r} at row {row}.")
         if not responses:
             raise ValueError(f"responses must hold at least one; got {responses!r} at row {row}.")

@@ -5,6 +5,7 @@ RESPONSES = "responses"
 REWARDS = "rewards"
 REFERENCE_REWARDS = "reference_rewards"
 REFERENCE_LOGPS = "reference_logps"
+PROMPT_FEATURES = "prompt_features"  # numbers that tell prompts apart, for pooled calibration
 
 # written by the sample stage, in the order of RESPONSES
 RESPONSE_IDS = "response_ids"  # token ids as drawn, so that nothing is tokenised twice
@@ -17,6 +18,7 @@ POLICY_LOGPS = "policy_logps"  # nats per response, from the training forward pa
 CALIBRATED_REWARDS = "calibrated_rewards"
 TRANSFORMED_REWARDS = "transformed_rewards"
 LOG_NORMALISER = "log_normaliser"
+EFFECTIVE_SAMPLE_SIZE = "effective_sample_size"  # of weighted calibration, in draws
 BETA = "beta"
 PROCEDURE = "procedure"
 TRANSFORMATION = "transformation"

@@ -90,9 +90,9 @@ def _first(row: Row, *options: str) -> Any:
     return row[found[0]]
 
 
-def checked_group(group: Group) -> Group:
+def checked_group(group: Group, allow_empty_prompt: bool = False) -> Group:
     """Return the group, or raise where a prompt or response is not text or lists differ."""
-    group["prompt"] = check_prompt(group["prompt"])
+    group["prompt"] = check_prompt(group["prompt"], allow_empty=allow_empty_prompt)
     # text is a sequence too, and would be taken for a list of its characters
     if not is_messages(group["responses"]) or not group["responses"]:
         raise ValueError(f"responses must hold at least one; got {group['responses']!r}.")
@@ -108,7 +108,10 @@ def checked_group(group: Group) -> Group:
             )
     reference = group.get(names.REFERENCE_REWARDS)
     if reference is not None and not reference:
-        raise ValueError("reference_rewards must hold at least one; got none.")
+        raise ValueError(
+            "reference_rewards must hold at least one; got none. Draw from the reference policy "
+            "first, or drop that row."
+        )
     for name in (*FLOATS, names.REFERENCE_LOGPS):
         if group.get(name) is not None:
             group[name] = to_floats(name, group[name])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ctrl_dpo.data import columns as names
 from ctrl_dpo.data.messages import prompt_key
 
@@ -36,6 +39,9 @@ def merge_equal_prompts(groups: Dataset, once: bool) -> tuple[Dataset, int]:
     """
     from datasets import Dataset, concatenate_datasets
 
+    column = groups.select_columns([names.PROMPT]).with_format("arrow")[:][names.PROMPT]
+    if pa.types.is_string(column.type) and pc.count_distinct(column, "all").as_py() == len(groups):
+        return groups, 0  # without a Python string for each
     rows_of: dict[str, list[int]] = {}
     for row, prompt in enumerate(groups[names.PROMPT]):
         rows_of.setdefault(prompt if isinstance(prompt, str) else prompt_key(prompt), []).append(

@@ -96,7 +96,9 @@ def check_messages(messages: object, where: str = "") -> list[dict[str, Any]]:
     return checked
 
 
-def check_prompt(prompt: object, where: str = "") -> str | list[dict[str, Any]]:
+def check_prompt(
+    prompt: object, where: str = "", allow_empty: bool = False
+) -> str | list[dict[str, Any]]:
     """Return a prompt ready for a tokenizer, or raise.
 
     Parameters
@@ -105,6 +107,8 @@ def check_prompt(prompt: object, where: str = "") -> str | list[dict[str, Any]]:
         Text with at least one character, or messages that an assistant can answer.
     where : str
         Place in the data, such as ``" at row 3"``.
+    allow_empty : bool
+        Whether text may be empty: a model with an opening token can continue that.
 
     Returns
     -------
@@ -118,8 +122,11 @@ def check_prompt(prompt: object, where: str = "") -> str | list[dict[str, Any]]:
     """
     if not is_messages(prompt):
         text = check_text("prompt", prompt, where)
-        if not text:
-            raise ValueError(f"prompt must not be empty; got ''{where}. Drop that row.")
+        if not text and not allow_empty:
+            raise ValueError(
+                f"prompt must not be empty; got ''{where}. Drop that row, or give "
+                "empty_prompts='keep'."
+            )
         return text
     messages = check_messages(prompt, where)
     if messages[-1]["role"] == "assistant":

@@ -85,7 +85,7 @@ def lengths_of(table: pa.Table, name: str, indices: list[int]) -> IntArray:
     ValueError
         If a row holds no list.
     """
-    column = _column(table, name)
+    column = one_array(table, name)
     if not _is_list(column.type):
         raise TypeError(f"column {name!r} must hold lists; got {column.type}. Use to_groups first.")
     if column.null_count:
@@ -119,7 +119,7 @@ def read_floats(table: pa.Table, name: str, indices: list[int]) -> Ragged:
         If a row is null, or an entry is null, NaN or infinite.
     """
     lengths = lengths_of(table, name, indices)
-    flat = pc.list_flatten(_column(table, name))
+    flat = pc.list_flatten(one_array(table, name))
     if not (_is_number(flat.type) or pa.types.is_null(flat.type)):
         shown = flat[0].as_py() if len(flat) else None
         raise TypeError(
@@ -158,8 +158,8 @@ def to_lists(values: Any, lengths: IntArray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), entries)
 
 
-def _column(table: pa.Table, name: str) -> Any:
-    """Return a column as one array."""
+def one_array(table: pa.Table, name: str) -> Any:
+    """Return a column as one array, whatever chunks it came in."""
     column = table.column(name)
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 

@@ -2,74 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from ctrl_dpo._validation import check_choice, check_integer
 from ctrl_dpo.data.messages import check_prompt, check_text, is_messages
-
-logger = logging.getLogger(__name__)
+from ctrl_dpo.data.token_groups import TokenizedGroup
 
 Prompt = str | Sequence[Any]
 # no token of a known vocabulary spans more: a longer text is cut before it is tokenised
 _CHARACTERS_PER_TOKEN = 256
 _BORDER_CHARACTERS = 32
 _PROBE = "probe of the turn's end"
-
-
-@dataclass(frozen=True)
-class TokenizedGroup:
-    """Token ids of a prompt and its responses, and what happened to each of them.
-
-    Parameters
-    ----------
-    prompt_ids : list of int
-        Tokens of the prompt, generation prompt of the chat template included.
-    response_ids : list of list of int
-        Tokens of each response, at least one; one end token closes each complete response.
-    truncated : list of bool
-        Whether a response was cut at ``max_response_length``; it then has no end token.
-    prompt_truncated : bool
-        Whether prompt tokens were cut.
-    empty : list of bool
-        Whether a response has no text: its end token stands alone.
-    control_tokens : list of bool
-        Whether a response's text contains special tokens of the tokenizer, so that it could close
-        its own turn or open another.
-    prompt_control_tokens : bool
-        The same for the prompt's text, the template's own tokens not counted.
-    merged : list of bool
-        Whether text tokenised as a whole would have merged characters of prompt and response.
-    repeated : list of bool
-        Whether truncation made a response equal to an earlier one of the group.
-    """
-
-    prompt_ids: list[int]
-    response_ids: list[list[int]]
-    truncated: list[bool]
-    prompt_truncated: bool
-    empty: list[bool]
-    control_tokens: list[bool]
-    prompt_control_tokens: bool
-    merged: list[bool]
-    repeated: list[bool]
-
-    def counts(self) -> dict[str, int]:
-        """Return the number of responses in each state, ready to be summed over groups."""
-        return {
-            "prompts": 1,
-            "prompts_truncated": int(self.prompt_truncated),
-            "prompts_with_control_tokens": int(self.prompt_control_tokens),
-            "responses": len(self.response_ids),
-            "responses_truncated": sum(self.truncated),
-            "responses_empty": sum(self.empty),
-            "responses_with_control_tokens": sum(self.control_tokens),
-            "responses_merged_at_border": sum(self.merged),
-            "responses_equal_after_truncation": sum(self.repeated),
-        }
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -93,14 +37,7 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     ValueError
         If the prompt is malformed or empty, or messages meet a tokenizer without chat template.
     """
-    checked = check_prompt(prompt)
-    if isinstance(checked, str):
-        ids = _plain_ids(tokenizer, checked)
-    else:
-        ids = _encode(tokenizer, [_render(tokenizer, checked, add_generation_prompt=True)])[0]
-    if not ids:
-        raise ValueError(f"prompt must have at least one token; got none from {prompt!r}.")
-    return ids
+    return _prompt_ids(tokenizer, prompt, slice(None))
 
 
 def end_token(tokenizer: Any, conversational: bool) -> int:
@@ -228,37 +165,6 @@ def tokenize_group(
     )
 
 
-def count_tokens(groups: Iterable[TokenizedGroup]) -> dict[str, int]:
-    """Sum the counts of tokenised groups, and log those that lose or change something.
-
-    Parameters
-    ----------
-    groups : iterable of TokenizedGroup
-        Results of :func:`tokenize_group`, in row order.
-
-    Returns
-    -------
-    dict of str to int
-        See :meth:`TokenizedGroup.counts`.
-    """
-    total: Counter[str] = Counter()
-    first: dict[str, int] = {}
-    for row, group in enumerate(groups):
-        counts = group.counts()
-        total.update(counts)
-        for name, count in counts.items():
-            if count:
-                first.setdefault(name, row)
-    for name in total:
-        if total[name] and name not in ("prompts", "responses"):
-            what = name.partition("_")[0]
-            logger.warning(
-                "%s: %d of %d %s, first at row %d",
-                name.replace("_", " "), total[name], total[what], what, first[name],
-            )  # fmt: skip
-    return dict(total)
-
-
 def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     """Render messages by the tokenizer's chat template, in its own sandbox."""
     if not tokenizer.chat_template:
@@ -289,15 +195,30 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     return ids[:-1] if closing else ids
 
 
+def _prompt_ids(tokenizer: Any, prompt: Prompt, part: slice) -> list[int]:
+    """Turn a part of the text of a prompt into tokens."""
+    checked = check_prompt(prompt, allow_empty=True)  # whose opening token may be enough
+    if isinstance(checked, str):
+        ids = _plain_ids(tokenizer, checked[part])
+    else:
+        rendered = _render(tokenizer, checked, add_generation_prompt=True)
+        ids = _encode(tokenizer, [rendered[part]])[0]
+    if not ids:
+        raise ValueError(
+            f"prompt must have at least one token; got none from {prompt!r}. Drop that row."
+        )
+    return ids
+
+
 def _limited_prompt(
     tokenizer: Any, prompt: Prompt, limit: int | None, keep: str
 ) -> tuple[list[int], bool]:
     """Return the prompt's tokens within the limit, and whether any were cut."""
-    if limit is not None and isinstance(prompt, str):
-        room = (limit + 1) * _CHARACTERS_PER_TOKEN
-        prompt = prompt[-room:] if keep == "end" else prompt[:room]
-    ids = prompt_tokens(tokenizer, prompt)
-    if limit is None or len(ids) <= limit:
+    if limit is None:
+        return prompt_tokens(tokenizer, prompt), False
+    room = (limit + 1) * _CHARACTERS_PER_TOKEN
+    ids = _prompt_ids(tokenizer, prompt, slice(-room, None) if keep == "end" else slice(room))
+    if len(ids) <= limit:
         return ids, False
     return (ids[-limit:] if keep == "end" else ids[:limit]), True
 

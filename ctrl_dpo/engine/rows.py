@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.tokens import TokenizedGroup, count_tokens, tokenize_group
+from ctrl_dpo.data.token_groups import TokenizedGroup, count_tokens
+from ctrl_dpo.data.tokens import tokenize_group
 from ctrl_dpo.relabel import relabel
 
 if TYPE_CHECKING:

@@ -12,42 +12,47 @@ from ctrl_dpo.data import columns
 from ctrl_dpo.data.ragged import Ragged, read_floats, to_lists
 
 
-def calibrated_columns(table: pa.Table, method: str, transformation: Any) -> pa.Table:
+def calibrated_columns(
+    table: pa.Table, calibrator: RewardCalibrator, transformation: Any
+) -> pa.Table:
     """Return calibrated and transformed rewards of a whole dataset.
 
     Parameters
     ----------
     table : pyarrow.Table
         ``rewards``; ``reference_rewards`` where the responses are not the draws; for ``weighted``
-        ``reference_logps`` and ``sampler_logps``, nats.
-    method : {"pooled", "weighted"}
-        Of :class:`ctrl_dpo.calibrate.RewardCalibrator`.
+        ``reference_logps`` and ``sampler_logps``, nats; for ``pooled`` perhaps ``prompt_features``.
+    calibrator : RewardCalibrator
+        Of method ``pooled`` or ``weighted``; a copy of it is fitted.
     transformation : Transformation
         Applied to the calibrated rewards as they are.
 
     Returns
     -------
     pyarrow.Table
-        ``calibrated_rewards`` and ``transformed_rewards``.
+        ``calibrated_rewards`` and ``transformed_rewards``; for ``weighted`` also
+        ``effective_sample_size``.
 
     Raises
     ------
     ValueError
-        If a transformed reward is infinite.
+        If a transformed reward is infinite, or features differ in number between prompts.
     """
     rows = list(range(len(table)))
     rewards = read_floats(table, columns.REWARDS, rows)
     inside = columns.REFERENCE_REWARDS not in table.column_names
     reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, rows)
-    weights = None
-    if method == "weighted":
+    weights, features = None, None
+    if calibrator.method == "weighted":
         logs = [
             read_floats(table, name, rows).values
             for name in (columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS)
         ]
         weights = _rows(Ragged(logs[0] - logs[1], reference.lengths))
-    calibrator = RewardCalibrator(method).fit(_rows(reference), weights)
-    calibrated = calibrator.transform(_rows(rewards), inside)[rewards.mask]
+    elif columns.PROMPT_FEATURES in table.column_names:
+        features = _matrix(read_floats(table, columns.PROMPT_FEATURES, rows))
+    fitted = RewardCalibrator(**calibrator.get_params()).fit(_rows(reference), weights, features)
+    calibrated = fitted.transform(_rows(rewards), inside)[rewards.mask]
     transformed = transformation(calibrated)
     if not np.isfinite(transformed).all():
         bad = int(np.argmin(np.isfinite(transformed)))
@@ -57,12 +62,25 @@ def calibrated_columns(table: pa.Table, method: str, transformation: Any) -> pa.
             f"of {calibrated[bad]} at row {row}, response {place}. Use calibration='pooled', or a "
             "bounded transformation."
         )
-    return pa.table(
-        {
-            columns.CALIBRATED_REWARDS: to_lists(calibrated, rewards.lengths),
-            columns.TRANSFORMED_REWARDS: to_lists(transformed, rewards.lengths),
-        }
-    )
+    made = {
+        columns.CALIBRATED_REWARDS: to_lists(calibrated, rewards.lengths),
+        columns.TRANSFORMED_REWARDS: to_lists(transformed, rewards.lengths),
+    }
+    if weights is not None:
+        made[columns.EFFECTIVE_SAMPLE_SIZE] = pa.array(fitted.effective_sample_size_)
+    return pa.table(made)
+
+
+def _matrix(features: Ragged) -> Any:
+    """Return features as a matrix, or raise where a prompt has more or fewer."""
+    width = int(features.lengths[0])
+    if (features.lengths != width).any():
+        row = int(np.argmax(features.lengths != width))
+        raise ValueError(
+            f"prompt_features must be as many for every prompt; got {features.lengths[row]} at row "
+            f"{row}, {width} at row 0. Mend or remove the column."
+        )
+    return features.values.reshape(-1, width)
 
 
 def _rows(values: Ragged) -> list[Any]:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+
 from ctrl_dpo._validation import check_columns
+from ctrl_dpo.calibrate import RewardCalibrator
 from ctrl_dpo.data import columns
 from ctrl_dpo.labels.calibrated import calibrated_columns
 from ctrl_dpo.labels.groups import ADDED, relabel_batch
+
+logger = logging.getLogger(__name__)
 
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
 _TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
 
-def add_calibrated(groups: Any, found: list[str], method: str, settings: dict[str, Any]) -> Any:
+def add_calibrated(
+    groups: Any, found: list[str], calibrator: RewardCalibrator, settings: dict[str, Any]
+) -> Any:
     """Compute the new columns from all rows at once, since they share what is learned.
 
     Parameters
@@ -22,8 +31,8 @@ def add_calibrated(groups: Any, found: list[str], method: str, settings: dict[st
         Scored groups.
     found : list of str
         Their columns.
-    method : {"pooled", "weighted"}
-        Calibrator.
+    calibrator : RewardCalibrator
+        Of method ``pooled`` or ``weighted``.
     settings : dict
         ``transformation``, ``beta`` and ``procedure``.
 
@@ -36,21 +45,30 @@ def add_calibrated(groups: Any, found: list[str], method: str, settings: dict[st
     ------
     TypeError
         If the groups are a stream.
+    ValueError
+        If ``weighted`` meets rewards of other draws than those that its weights are of.
     """
     from datasets import Dataset, concatenate_datasets
 
+    method = calibrator.method
     needed = [columns.REWARDS]
     if method == "weighted":
         needed += [columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS]
         check_columns(found, needed, "Weights need the log-probabilities of both policies.")
+        if columns.REFERENCE_REWARDS in found:
+            raise ValueError(
+                "reference_rewards must be absent for calibration='weighted', whose draws are the "
+                f"responses; got columns {sorted(found)}. Remove it, or use another calibration."
+            )
     if not isinstance(groups, Dataset):
         raise TypeError(
             f"groups must be a Dataset for calibration={method!r}; got {type(groups).__name__}."
         )
     groups = groups.remove_columns([name for name in ADDED if name in found])
-    read = [*needed, *(n for n in [columns.REFERENCE_REWARDS] if n in found)]
+    others = (columns.REFERENCE_REWARDS, columns.PROMPT_FEATURES)
+    read = [*needed, *(name for name in others if name in found)]
     table = groups.select_columns(read).with_format("arrow")[:]
-    made = calibrated_columns(table, method, settings["transformation"])
+    made = calibrated_columns(table, calibrator, settings["transformation"])
     beta = settings["beta"]
     constant = {
         columns.LOG_NORMALISER: settings["transformation"].log_normaliser(beta),
@@ -112,7 +130,25 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
         features=features,
         **{"desc": "relabel", **options},
     )
+    _warn_of_few_draws(numbers, columns.REFERENCE_REWARDS in found)
     return concatenate_datasets([groups, made.with_format(None)], axis=1)
+
+
+def _warn_of_few_draws(numbers: Any, apart: bool) -> None:
+    """Warn of prompts whose responses are compared with one reference draw, or none."""
+    name, least = (columns.REFERENCE_REWARDS, 2) if apart else (columns.REWARDS, 3)
+    table = numbers.select_columns([name]).with_format("arrow")[:]
+    lengths = pc.fill_null(pc.list_value_length(table[name]), least).to_numpy()
+    few = np.flatnonzero(lengths < least)
+    if few.size:
+        logger.warning(
+            "%d of %d prompts have one reference draw to compare with at most, so that their "
+            "calibrated rewards are 0, 1/2 or 1; first at row %d. Draw more, or use "
+            "calibration='pooled'.",
+            few.size,
+            lengths.size,
+            few[0],
+        )
 
 
 def _add_to_stream(groups: Any, features: Any, settings: dict[str, Any]) -> Any:

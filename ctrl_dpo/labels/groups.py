@@ -22,6 +22,7 @@ ADDED = (
     columns.BETA,
     columns.PROCEDURE,
     columns.TRANSFORMATION,
+    columns.EFFECTIVE_SAMPLE_SIZE,
 )
 
 
@@ -48,7 +49,7 @@ def relabel_batch(
     Returns
     -------
     pyarrow.Table
-        The columns :data:`ADDED`.
+        The columns :data:`ADDED`, but for the last, which weighted calibration has.
 
     Raises
     ------

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ctrl_dpo._validation import check_choice, check_integer
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.ragged import FloatArray, IntArray, read_floats
+from ctrl_dpo.data.ragged import FloatArray, IntArray, one_array, read_floats
 
 STRATEGIES = ("best_worst", "adjacent", "all", "random:N", "margin:T")
 TIES = ("drop", "keep")
@@ -85,8 +85,9 @@ class Selection:
         Place of the group in the batch, and of both responses in the group.
     margin : (n_pairs,) ndarray
         Phi of the chosen response minus Phi of the rejected one, >= 0.
-    ties, duplicates : int
-        Candidates with margin 0; candidates whose two responses are the same text, all dropped.
+    ties, duplicates, flips : int
+        Candidates with margin 0; candidates whose two responses are the same text, all dropped;
+        pairs whose chosen response has the lower reward.
     """
 
     row: IntArray
@@ -95,6 +96,7 @@ class Selection:
     margin: FloatArray
     ties: int
     duplicates: int
+    flips: int
 
 
 def select_pairs(
@@ -106,7 +108,7 @@ def select_pairs(
     ----------
     table : pyarrow.Table
         ``responses``, ``transformed_rewards`` and ``calibrated_rewards``, which order responses of
-        equal transformed rewards.
+        equal transformed rewards; ``rewards``, where flips are to be counted.
     indices : list of int
         Row numbers in the dataset: they seed ``random:N``, so that batching changes nothing.
     strategy : PairStrategy
@@ -124,7 +126,7 @@ def select_pairs(
     phi = read_floats(table, columns.TRANSFORMED_REWARDS, indices)
     finer = read_floats(table, columns.CALIBRATED_REWARDS, indices).values
     # equal codes are equal texts, so comparing them needs no Python string
-    texts = pc.list_flatten(_one_array(table, columns.RESPONSES)).dictionary_encode()
+    texts = pc.list_flatten(one_array(table, columns.RESPONSES)).dictionary_encode()
     codes = texts.indices.to_numpy(zero_copy_only=False)
     parts = []
     for size in np.unique(phi.lengths[phi.lengths > 1]):
@@ -140,15 +142,19 @@ def select_pairs(
         parts.append([a.ravel() for a in (where, chosen, rejected, margin, same)])
     if not parts:
         nothing = np.empty(0, dtype=np.int64)
-        return Selection(nothing, nothing, nothing, np.empty(0), 0, 0)
+        return Selection(nothing, nothing, nothing, np.empty(0), 0, 0, 0)
     row, chosen, rejected, margin, same = (np.concatenate(a) for a in zip(*parts, strict=True))
     tied = ~same & (margin == 0)
     kept = ~same & (margin >= strategy.threshold) & ((ties == "keep") | ~tied)
     kept = np.flatnonzero(kept)[np.argsort(row[kept], kind="stable")]
     if strategy.count is not None:
         kept = kept[_random(row[kept], indices, strategy.count, seed)]
-    counts = int(tied.sum()), int(same.sum())
-    return Selection(row[kept], chosen[kept], rejected[kept], margin[kept], *counts)
+    made = row[kept], chosen[kept], rejected[kept], margin[kept]
+    flips = 0
+    if columns.REWARDS in table.column_names:
+        rewards, start = read_floats(table, columns.REWARDS, indices).values, phi.offsets[made[0]]
+        flips = int((rewards[start + made[1]] < rewards[start + made[2]]).sum())
+    return Selection(*made, int(tied.sum()), int(same.sum()), flips)
 
 
 def _candidates(size: int, name: str) -> tuple[IntArray, IntArray]:
@@ -192,7 +198,7 @@ def pair_batch(
         ``prompt, chosen, rejected, margin``, the labels' settings, and tokens as drawn where known.
     """
     pairs = select_pairs(table, indices, strategy, ties, seed)
-    prompt = _one_array(table, columns.PROMPT).take(pa.array(pairs.row))
+    prompt = one_array(table, columns.PROMPT).take(pa.array(pairs.row))
     conversational = not pa.types.is_string(prompt.type)
     sides = pairs.chosen, pairs.rejected
     made = {columns.PROMPT: prompt}
@@ -203,7 +209,7 @@ def pair_batch(
     for name in (*_CONSTANT, columns.SAMPLED_FROM):
         if name not in table.column_names:
             continue
-        made[name] = _one_array(table, name).take(pa.array(pairs.row))
+        made[name] = one_array(table, name).take(pa.array(pairs.row))
     for name, names in _PER_RESPONSE.items():
         if name in table.column_names:
             for new, side in zip(names, sides, strict=True):
@@ -213,7 +219,7 @@ def pair_batch(
 
 def _entries(table: pa.Table, name: str, row: IntArray, place: IntArray) -> Any:
     """Return one entry of each named row of a list column."""
-    column = _one_array(table, name)
+    column = one_array(table, name)
     lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     return pc.list_flatten(column).take(pa.array(offsets[row] + place))
@@ -224,8 +230,3 @@ def _messages(texts: Any) -> Any:
     roles = pa.array(["assistant"] * len(texts), pa.string())
     turns = pa.StructArray.from_arrays([roles, texts], ["role", "content"])
     return pa.ListArray.from_arrays(pa.array(np.arange(len(texts) + 1, dtype=np.int32)), turns)
-
-
-def _one_array(table: pa.Table, name: str) -> Any:
-    column = table.column(name)
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.figure_style import DPI
 from ctrl_dpo.measures.tables import table
 from ctrl_dpo.theory.policies import frontier
 from ctrl_dpo.theory.procedures import parse_procedure
@@ -88,7 +89,7 @@ def frontier_page(
     kls = (2 * kl * np.linspace(0.02, 1, 40) ** 2).tolist()
     title = f"What each nat of KL can buy for a policy used through {plots.words(str(served))}"
     figure = plots.frontier_figure(frontier_rows([str(served)], kls, against, rate), (), title)
-    figure.savefig(picture, dpi=plots.DPI)
+    figure.savefig(picture, dpi=DPI)
     header = ["transformation", "beta", "inference-time win rate", "KL (nats)"]
     return f"{table(header, rows)}\n\n{picture}"
 
@@ -123,7 +124,7 @@ def sensitivity_page(
     ]
     title = f"What serving a policy of {kl:g} nat by another procedure costs"
     figure = plots.sensitivity_figure([asdict(p) | {"lost": p.lost} for p in points], title)
-    figure.savefig(picture, dpi=plots.DPI)
+    figure.savefig(picture, dpi=DPI)
     header = ["trained for, served by", *map(plots.words, names)]
     return f"{table(header, rows)}\n\n{picture}"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from ctrl_dpo.measures.figure_style import COLOURS, DASHES, MARKERS, legend_below, panels, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,65 +16,11 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-DPI = 150
-# Okabe and Ito (2008): told apart with every common colour blindness; markers and dashes differ too
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-DASHES = ("-", "--", ":", "-.")
-_STYLE: Any = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-}
 _TRAINING_PANELS = (
     ("Loss", "loss per batch", ("loss", "eval_loss")),
     ("Log-ratio, best minus worst response", "nats", ("logratios/margins",)),
     ("Pairs ranked as their rewards", "share of pairs", ("rewards/accuracies",)),
 )
-
-
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the style of all figures, leaving the user's matplotlib settings alone."""
-
-    @functools.wraps(draw)
-    def in_style(*args: Any, **options: Any) -> Figure:
-        try:
-            import matplotlib as mpl
-        except ImportError as error:
-            raise ImportError(
-                "figures must have matplotlib; got none. Run: pip install 'ctrl-dpo[plots]'"
-            ) from error
-        with mpl.rc_context(_STYLE):
-            return draw(*args, **options)
-
-    return in_style
-
-
-def _panels(n: int, title: str, share_y: bool = False) -> tuple[Figure, list[Axes]]:
-    """Make a figure with ``n`` panels side by side under a title that states what is seen."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(max(4.6 * n, 7.0), 4.8), layout="constrained")
-    figure.suptitle(title, fontweight="bold")
-    return figure, list(figure.subplots(1, n, squeeze=False, sharey=share_y)[0])
-
-
-def _legend_below(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Put one legend for all panels under them, each label once, in as many columns as fit."""
-    entries: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        for label, handle in zip(labels, handles, strict=True):
-            entries.setdefault(label, handle)
-    inches = 0.09 * (max(map(len, entries)) + 8)  # a letter at 11 points, and the handle
-    columns = min(len(entries), max(1, int(figure.get_figwidth() / inches)))
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
 def words(name: str) -> str:
@@ -99,7 +46,7 @@ def words(name: str) -> str:
     return f"{text}, rate {float(rate):g}" if rate else text
 
 
-@_styled
+@styled
 def frontier_figure(
     rows: Sequence[Row], records: Sequence[Row] = (), title: str | None = None
 ) -> Figure:
@@ -123,7 +70,7 @@ def frontier_figure(
     """
     procedures = list(dict.fromkeys(str(row["procedure"]) for row in rows))
     title = title or "The win rate that each nat of KL can buy, by theory"
-    figure, axes = _panels(len(procedures), title, share_y=True)
+    figure, axes = panels(len(procedures), title, share_y=True)
     for axis, procedure in zip(axes, procedures, strict=True):
         _curves(axis, [row for row in rows if str(row["procedure"]) == procedure])
         for number, record in enumerate(records):
@@ -133,7 +80,7 @@ def frontier_figure(
         axis.set_xlabel("KL from the reference policy\n(nats per response)")
         axis.set_xlim(left=0)
     axes[0].set_ylabel("inference-time win rate\nagainst the reference policy (%)")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
@@ -169,7 +116,7 @@ def _point(axis: Axes, record: Row, procedure: str, number: int) -> None:
     )
 
 
-@_styled
+@styled
 def sensitivity_figure(rows: Sequence[Row], title: str) -> Figure:
     """Draw the win rate lost against how a policy is served, one line a training procedure.
 
@@ -186,7 +133,7 @@ def sensitivity_figure(rows: Sequence[Row], title: str) -> Figure:
     matplotlib.figure.Figure
         The figure.
     """
-    figure, (axis,) = _panels(1, title)
+    figure, (axis,) = panels(1, title)
     names = list(dict.fromkeys(row["trained_for"] for row in rows))
     for number, name in enumerate(names):
         mine = [row for row in rows if row["trained_for"] == name]
@@ -201,11 +148,11 @@ def sensitivity_figure(rows: Sequence[Row], title: str) -> Figure:
     axis.set_xlabel("served by")
     axis.set_ylabel("win rate lost (percentage points)")
     axis.set_ylim(bottom=0)
-    _legend_below(figure, [axis])
+    legend_below(figure, [axis])
     return figure
 
 
-@_styled
+@styled
 def calibration_figure(calibrated_rewards: ArrayLike, k: int | None = None) -> Figure:
     """Compare the calibrated rewards of fresh reference draws with the uniform distribution.
 
@@ -228,7 +175,7 @@ def calibration_figure(calibrated_rewards: ArrayLike, k: int | None = None) -> F
     below = cumulative(grid)
     distance = float(np.abs(below - grid).max())
     title = "Calibrated rewards of fresh reference draws: at most"
-    figure, (left, right) = _panels(
+    figure, (left, right) = panels(
         2, f"{title} {100 * distance:.1f} percentage points from uniform"
     )
     edges = np.linspace(0, 1, 21)
@@ -250,7 +197,7 @@ def calibration_figure(calibrated_rewards: ArrayLike, k: int | None = None) -> F
         axis.set_xlabel("calibrated reward\n(win rate of a response against the reference policy)")
         axis.set_xlim(0, 1)
     left.set_ylim(bottom=0)
-    _legend_below(figure, (left, right))
+    legend_below(figure, (left, right))
     return figure
 
 
@@ -266,7 +213,7 @@ def _spread_distribution(
     return lambda u: np.clip((u[:, None] - lows) * (k + 1), 0, 1) @ shares
 
 
-@_styled
+@styled
 def training_figure(logs: Mapping[str, Sequence[Row]]) -> Figure:
     """Draw what training logged, one curve a policy.
 
@@ -290,7 +237,7 @@ def training_figure(logs: Mapping[str, Sequence[Row]]) -> Figure:
     if not shown:
         known = [key for panel in _TRAINING_PANELS for key in panel[2]]
         raise ValueError(f"logs must hold one of {known}; got {sorted(found)}.")
-    figure, axes = _panels(len(shown), "What the fit did in training, step by step")
+    figure, axes = panels(len(shown), "What the fit did in training, step by step")
     for axis, (title, label, keys) in zip(axes, shown, strict=True):
         for number, (name, rows) in enumerate(logs.items()):
             for dash, key in zip(DASHES, keys, strict=False):
@@ -303,11 +250,11 @@ def training_figure(logs: Mapping[str, Sequence[Row]]) -> Figure:
         axis.set_title(title)
         axis.set_ylabel(label)
         axis.set_xlabel("optimiser step")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure
 
 
-@_styled
+@styled
 def reward_figure(reference_rewards: ArrayLike, policy_rewards: Mapping[str, ArrayLike]) -> Figure:
     """Compare the rewards of single draws before and after training.
 
@@ -326,7 +273,7 @@ def reward_figure(reference_rewards: ArrayLike, policy_rewards: Mapping[str, Arr
     before = np.ravel(np.asarray(reference_rewards, dtype=float))
     after = {name: np.ravel(np.asarray(r, dtype=float)) for name, r in policy_rewards.items()}
     edges = np.histogram_bin_edges(np.concatenate([before, *after.values()]), bins=30)
-    figure, axes = _panels(
+    figure, axes = panels(
         len(after), "Rewards of single draws before and after training", share_y=True
     )
     for number, (axis, (name, rewards)) in enumerate(zip(axes, after.items(), strict=True)):
@@ -339,5 +286,5 @@ def reward_figure(reference_rewards: ArrayLike, policy_rewards: Mapping[str, Arr
         axis.set_title(f"{name}\nmean {before.mean():.3g} before, {rewards.mean():.3g} after")
         axis.set_xlabel("reward (in the reward's own unit)")
     axes[0].set_ylabel("share of draws (%)")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
     return figure

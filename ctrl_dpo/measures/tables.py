@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -57,3 +58,25 @@ def cell(numbers: Mapping[str, float] | None, form: str) -> str:
         return "-"
     value, low, high = (form.format(numbers[key]) for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
+
+
+def figures(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Write a summary as rows of name and value, four digits of each float.
+
+    Parameters
+    ----------
+    summary : mapping
+        Numbers and texts; nested values, such as histograms, are left out.
+
+    Returns
+    -------
+    list of [name, value]
+        For :func:`table`.
+
+    Examples
+    --------
+    >>> figures({"groups": 2, "share": 0.123456, "histogram": {"counts": []}})
+    [['groups', '2'], ['share', '0.1235']]
+    """
+    flat = {name: value for name, value in summary.items() if not isinstance(value, Mapping)}
+    return [[n, f"{v:.4g}" if isinstance(v, float) else str(v)] for n, v in flat.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import decimal
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from ctrl_dpo.calibrate import RewardCalibrator
 from ctrl_dpo.data.folders import read_rows
 from ctrl_dpo.data.layouts import read_groups
 from ctrl_dpo.data.messages import check_text
-from ctrl_dpo.data.tokens import count_tokens, tokenize_group
+from ctrl_dpo.data.token_groups import count_tokens
+from ctrl_dpo.data.tokens import tokenize_group
+from ctrl_dpo.relabel import count_pairs
 from ctrl_dpo.sample import Sampler, sample
 
 GROUP = {"prompt": "Hi", "responses": ["a", "b"], "rewards": [1.0, 2.0]}
@@ -72,16 +75,32 @@ def test_04_text_that_is_no_text(prompt):
     refused(data, f"row 0: prompt must be text; got {prompt!r}")
 
 
+@pytest.mark.parametrize("response", [7, b"x", ["x"]])
+def test_04_responses_that_are_no_text(response):
+    data = Dataset.from_list([{**GROUP, "responses": [response, response]}])
+    shown = re.escape(repr(response))
+    refused(data, f"row 0: response must be text; got {shown} at response 0. Convert or drop")
+
+
 def test_05_an_empty_response_is_its_end_token():
     group = tokenize_group(tiny_tokenizer(), "Hi", ["", "a"])
     assert group.response_ids[0] == [2]
     assert count_tokens([group])["responses_empty"] == 1
     assert read_groups(dataset(responses=["", "a"]))[1].counts["empty_responses"] == 1
+    data = dataset(responses=["", "a"], response_ids=None, reference_logps=None)
+    groups, report = read_groups(data, empty_responses="drop")
+    assert (groups[1]["responses"], groups[1]["rewards"]) == (["a"], [2.0])
+    assert report.counts["empty_responses"] == 0
+    with pytest.raises(ValueError, match="empty_responses must be one of .*; got 'cut'"):
+        read_groups(data, empty_responses="cut")
 
 
 def test_06_empty_prompt():
     refused(dataset(prompt=""), "row 1: prompt must not be empty; got ''. Drop that row")
     dropped(dataset(prompt=""), "prompt must not be empty")
+    assert to_groups(dataset(prompt=""), empty_prompts="keep")[1]["prompt"] == ""
+    with pytest.raises(ValueError, match="at least one token; got none from ''. Drop that row"):
+        tokenize_group(tiny_tokenizer(), "", ["a"])
 
 
 def test_07_whitespace_is_counted():
@@ -92,6 +111,8 @@ def test_07_whitespace_is_counted():
 def test_08_equal_responses_make_no_pair():
     made = labelled([1.0, 2.0, 3.0], responses=["same", "same", "other"])
     assert [(p["chosen"], p["rejected"]) for p in pairs(made, "all")] == [("other", "same")] * 2
+    counts = count_pairs(made, "all")
+    assert (counts["pairs"], counts["duplicate_pairs"]) == (2, 1)
 
 
 def test_09_duplicates_carry_mass_and_make_one_pair_with_another():
@@ -116,12 +137,20 @@ def test_11_a_response_alone_makes_no_pair():
 
 def test_12_no_reference_reward():
     data = Dataset.from_list([GROUP | {"reference_rewards": []}])
-    refused(data, "row 0: reference_rewards must hold at least one; got none")
+    refused(data, "row 0: reference_rewards must hold at least one; got none. Draw from the ref")
 
 
-def test_13_one_reference_reward():
+def test_13_one_reference_reward(caplog):
     made = labelled([1.0, 2.0, 3.0], reference_rewards=[2.0])
     assert made[0]["calibrated_rewards"] == [0.0, 0.5, 1.0]
+    assert "1 of 1 prompts have one reference draw to compare with at most" in caplog.text
+    assert "first at row 0. Draw more, or use calibration='pooled'" in caplog.text
+    caplog.clear()
+    labelled([1.0, 2.0, 3.0])
+    assert caplog.text == ""
+    labelled([1.0, 2.0, 3.0], [1.0, 2.0])
+    assert "1 of 2 prompts have one reference draw" in caplog.text
+    assert "first at row 1" in caplog.text
 
 
 def test_14_all_rewards_tied():
@@ -137,7 +166,8 @@ def test_15_some_ties_share_a_mid_rank():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_16_17_rewards_that_are_not_finite(value):
-    refused(dataset(rewards=[1.0, value]), f"row 1: rewards must be finite; got {value!r} at resp")
+    message = f"row 1: rewards must be finite; got {value!r} at response 1. Score it again"
+    refused(dataset(rewards=[1.0, value]), message)
     dropped(dataset(rewards=[1.0, value]), "rewards must be finite")
 
 
@@ -182,7 +212,7 @@ def test_23_ranks_are_not_rewards():
 def test_24_a_chosen_response_scored_below_the_rejected_one():
     row = {"prompt": "x", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2}
     groups, report = read_groups(Dataset.from_list([row]))
-    assert report.counts["reordered_pairs"] == 1
+    assert report.counts["flipped_labels"] == 1
     assert pairs(relabel(groups, **LABELS))[0]["chosen"] == "b"
 
 
@@ -231,12 +261,7 @@ def test_30_odd_characters_come_back_byte_for_byte(tmp_path):
         tokenize_group(tiny_tokenizer(), "x", [text]).response_ids[0]
     ) == (text + "<|im_end|>")
     with pytest.raises(ValueError, match="lone surrogate '.ud800' at character 1"):
-        tokenize_group_text("x\ud800")
-
-
-def tokenize_group_text(text: str) -> None:
-
-    check_text("response", text)
+        check_text("response", "x\ud800")
 
 
 def test_31_columns_of_two_types_name_the_file(tmp_path):
@@ -274,9 +299,32 @@ def test_34_a_pad_token_that_ends_responses_too():
     assert tokenize_group(tokenizer, "x", ["a"]).response_ids[0][-1] == tokenizer.eos_token_id
 
 
-def test_35_a_long_text_is_cut_to_the_limit():
-    group = tokenize_group(tiny_tokenizer(), "x", ["y" * 10_000_000], max_response_length=8)
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("keep", ["end", "start"])
+def test_35_a_long_text_is_cut_before_it_is_tokenised(chat, keep):
+    seen = []
+
+    class Recording(type(tiny_tokenizer())):
+        def __call__(self, text, **options):
+            seen.extend([text] if isinstance(text, str) else text)
+            return super().__call__(text, **options)
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.__class__ = Recording
+    prompt = "p" * 10_000_000
+    group = tokenize_group(
+        tokenizer,
+        [{"role": "user", "content": prompt}] if chat else prompt,
+        ["y" * 10_000_000],
+        max_prompt_length=40,
+        max_response_length=8,
+        keep=keep,
+    )
     assert (len(group.response_ids[0]), group.truncated) == (8, [True])
+    assert (len(group.prompt_ids), group.prompt_truncated) == (40, True)
+    assert max(map(len, seen)) < 20_000
+    kept = tokenizer.decode(group.prompt_ids)
+    assert kept.endswith("<|im_start|>assistant\n") == (chat and keep == "end")
 
 
 def test_36_evaluation_prompts_among_the_training_ones(tmp_path, caplog):

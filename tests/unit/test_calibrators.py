@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from ctrl_dpo import RewardCalibrator, calibrated_reward
+from ctrl_dpo.calibration.features import predict_locations
 from ctrl_dpo.calibration.pooled import Population, estimate_population
 from ctrl_dpo.calibration.ranks import COMPARISONS
 from ctrl_dpo.calibration.weighted import effective_sample_size, normalised_weights
@@ -68,7 +69,7 @@ def test_pooled_goes_from_the_shared_value_to_the_own_one(rng):
     # no draw at all: the CDF of the whole population, by brute force over the residuals
     apart = RewardCalibrator("pooled")
     apart.__dict__.update(calibrator.__dict__)
-    apart.reference_ = np.full((1, 1), np.nan)
+    apart.reference_, apart.trend_ = np.full((1, 1), np.nan), np.zeros(1)
     population = calibrator.population_
     scale = np.sqrt(population.within + population.between)
     for reward in (-1.0, 0.3, 2.0):
@@ -215,3 +216,78 @@ def test_prompts_without_variance_or_company():
     assert made[1, 0] < 0.5 < made[0, 1]
     alone = RewardCalibrator("pooled").fit([[1.0, 2.0, 4.0]]).transform([[3.0]])
     assert 0.5 < alone[0, 0] < 1
+
+
+def with_features(rng, prompts: int, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make prompts whose locations are known from two of their three features but for 0.3."""
+    features = rng.normal(size=(prompts, 3))
+    centre = features @ [1.5, -1.0, 0.0] + 0.3 * rng.normal(size=prompts)
+    return features, centre[:, None], centre[:, None] + rng.normal(size=(prompts, k))
+
+
+def test_a_prompt_is_left_out_of_its_own_prediction(rng):
+    """The closed form equals a ridge regression on the other prompts, features scaled once."""
+    features, _, rewards = with_features(rng, 30, 4)
+    made = predict_locations(features, rewards)
+    x = (features - features.mean(axis=0)) / features.std(axis=0)
+    y = rewards.mean(axis=1)
+
+    def brute(penalty: float) -> np.ndarray:
+        found = []
+        for i in range(30):
+            others = np.arange(30) != i
+            design = np.column_stack([np.ones(29), x[others]])
+            gram = design.T @ design + penalty * np.diag([0, 1, 1, 1])
+            found.append([1, *x[i]] @ np.linalg.solve(gram, design.T @ y[others]))
+        return np.array(found)
+
+    largest = np.linalg.norm(x, 2) ** 2
+    tried = [brute(largest * p) for p in np.geomspace(1e-8, 1e4, 49)]
+    best = min(tried, key=lambda found: np.mean((found - y) ** 2))
+    assert made == pytest.approx(best, rel=1e-9)
+    # a prompt without draws is predicted by all others
+    rewards[7] = np.nan
+    assert predict_locations(features, rewards)[7] == pytest.approx(best[7], abs=0.02)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_features_help_where_they_tell_and_do_no_harm_elsewhere(k, rng):
+    features, centre, draws = with_features(rng, 600, k + 4)
+    new, draws = draws[:, k:], draws[:, :k]
+    rows = [row if i % 5 else [] for i, row in enumerate(draws)]  # every fifth has none
+    truth = stats.norm.cdf(new - centre)
+
+    def error(given: np.ndarray | None) -> float:
+        made = RewardCalibrator("pooled").fit(rows, prompt_features=given).transform(new)
+        return float(np.mean((made - truth) ** 2))
+
+    without = error(None)
+    assert error(features) < 0.6 * without
+    assert error(rng.normal(size=(600, 5))) < 1.02 * without
+    assert error(np.ones((600, 1))) == pytest.approx(without, rel=1e-9)
+
+
+def test_features_are_saved_and_checked(rng, tmp_path):
+    features, _, draws = with_features(rng, 20, 3)
+    fitted = RewardCalibrator("pooled").fit(draws, prompt_features=features)
+    assert fitted.trend_.std() > 0.5
+    fitted.save(tmp_path / "state.npz")
+    loaded = RewardCalibrator.load(tmp_path / "state.npz")
+    assert (loaded.transform(draws) == fitted.transform(draws)).all()
+    few = features[1:], "one row per prompt; got 19 for 20"
+    for bad, message in (few, (draws * np.inf, "be finite")):
+        with pytest.raises(ValueError, match=f"prompt_features must .*{message}"):
+            RewardCalibrator("pooled").fit(draws, prompt_features=bad)
+    with pytest.raises(ValueError, match="must be for method='pooled' only; got method='empirical"):
+        RewardCalibrator().fit(draws, prompt_features=features)
+
+
+def test_parameters_as_scikit_learn_reads_and_sets_them():
+    made = RewardCalibrator("weighted", min_effective_sample_size=1.5)
+    assert made.get_params() == {"method": "weighted", "min_effective_sample_size": 1.5}
+    assert made.set_params(method="pooled") is made
+    assert made.get_params() == {"method": "pooled", "min_effective_sample_size": 1.5}
+    with pytest.raises(ValueError, match="method must be one of .*; got 'magic'"):
+        made.set_params(method="magic")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'depth'"):
+        made.set_params(depth=1)

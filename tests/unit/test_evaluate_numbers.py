@@ -83,6 +83,22 @@ def test_calibration_error_is_that_of_scipy(rng, shape):
     assert error.cramer_von_mises == pytest.approx(cvm, abs=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_distances_from_uniform_by_quadrature(weighted, rng):
+    values, weights = rng.integers(0, 7, 12) / 6, rng.integers(0, 4, 12) + (0.0 if weighted else 1)
+    weights = weights if weighted else np.ones(12)
+    error = calibration_error(values, weights if weighted else None)
+    grid = (np.arange(600_000) + 0.5) / 600_000
+    share = np.array([weights[values <= v].sum() for v in np.unique(values)]) / weights.sum()
+    below = np.concatenate([[0], share])[np.searchsorted(np.unique(values), grid, side="right")]
+    assert error.mean_absolute_deviation == pytest.approx(np.abs(below - grid).mean(), abs=1e-5)
+    assert error.cramer_von_mises == pytest.approx(((below - grid) ** 2).mean(), abs=1e-5)
+    assert error.kolmogorov_smirnov == pytest.approx(np.abs(below - grid).max(), abs=1e-5)
+    for bad in ([1.0], -np.ones(12), np.zeros(12)):
+        with pytest.raises(ValueError, match="weights must be >= 0, not all 0, and one per calib"):
+            calibration_error(values, bad)
+
+
 def test_calibration_error_of_perfect_calibration_with_k_rewards():
     """Equal mass on 0, 1/4, ..., 1 (k = 4): the distance at 0 and at 1 is 1/5."""
     error = calibration_error(np.linspace(0, 1, 5))

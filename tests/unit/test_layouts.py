@@ -151,7 +151,8 @@ def test_scores_come_with_pairs_and_flips_are_counted():
     ]
     groups, report = read_groups(Dataset.from_list(rows), same_prompt="keep")
     assert groups["rewards"][:] == [[5.0, 3.0], [1.0, 3.0]]
-    assert report.counts["reordered_pairs"] == 1
+    wanted = {"labelled_pairs": 2, "flipped_labels": 1, "equal_labels": 0}
+    assert report.counts.items() >= wanted.items()
     assert report.counts["unscored_groups"] == 0
     _, unscored = read_groups(Dataset.from_list([PAIRS[0][0]]))
     assert unscored.counts["unscored_groups"] == 1
@@ -307,28 +308,106 @@ def test_a_speaker_who_writes_twice_has_one_turn():
     assert group["prompt"] == [{"role": "user", "content": "a\n\nb"}]
 
 
+def command(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def reported(output: str) -> dict[str, str]:
+    """Read the table that a command prints."""
+    cells = [line.split("|")[1:3] for line in output.splitlines() if line.count("|") == 3]
+    return {name.strip(): value.strip() for name, value in cells}
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_every_layout_goes_through_the_command_with_a_report(name, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    # rows of one prompt: one response a row makes a group of two, equal pairs a pair
-    rows = [FILES[name][0], dict(FILES[name][0])]
-    if name == "helpsteer2":
+def test_every_layout_goes_through_the_command_with_a_report(name, tmp_path, monkeypatch):
+    """Three rows: two of one prompt, and one that breaks a rule.
+
+    The reward of unscored layouts is the length of a response, so that "good" stays the better one.
+    """
+    (tmp_path / "file_reward.py").write_text("def length(p, r):\n    return [len(x) for x in r]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = FILES[name][0]
+    rows = [row, dict(row), dict.fromkeys(row)]
+    if name == "helpsteer2":  # one response a row
         rows[1] |= {"response": "worse", "helpfulness": 0}
+    path = tmp_path / "rows.jsonl"
     Dataset.from_list(rows).to_json(path)
-    words = ["relabel", str(path), "--output", str(tmp_path / "out"), "--beta", "0.1"]
+    words = ["relabel", path, "--output", tmp_path / "out", "--beta", 0.1, "--invalid", "drop"]
+    words += ["--pairs", "best_worst"]
     words += ["--ranks-as-rewards"] if name == "nectar" else []
-    result = CliRunner().invoke(app, words)
-    if "rewards" not in FILES[name][1]:
-        assert isinstance(result.exception, ValueError)
-        assert "column 'rewards' is missing" in str(result.exception)
-        assert "ctrl-dpo score" in str(result.exception)
-        return
-    assert result.exit_code == 0, result.output
-    printed = [[c.strip() for c in line.split("|")[1:3]] for line in result.output.splitlines()]
-    for line in (["layout", name], ["rows", "2"], ["groups", "1"], ["merged_rows", "1"]):
-        assert line in printed
+    scored = "rewards" in FILES[name][1]
+    if not scored:
+        with pytest.raises(ValueError, match="column 'rewards' is missing .* give .* a --reward"):
+            command(*words)
+        words += ["--reward", "file_reward:length"]
+    found = reported(command(*words))
+    wanted = {"layout": name, "rows": "3", "groups": "1", "merged_rows": "1", "beta": "0.1"}
+    wanted |= {"pairs": "1", "groups_without_pair": "0", "flipped_share": "0"}
+    # draws carry mass and stay, of pairs a response is kept once
+    twice = name not in ("pairs", "hh", "helpsteer2")
+    width = len(FILES[name][1]["responses"])
+    wanted["responses"] = str(2 * width if twice else 2)
+    assert found.items() >= wanted.items()
+    (lost,) = (value for key, value in found.items() if key.startswith("dropped: "))
+    assert lost == "1, first at rows [2]"
+    assert found.get("unscored_groups") == (None if scored else "1")
+    assert found.get("labelled_pairs") == (None if scored else "1")
+    (pair,) = read_rows(tmp_path / "out")
+    best, worst = ("good", "bad") if name != "helpsteer2" else ("good", "worse")
+    assert (pair["chosen"], pair["rejected"]) in (
+        (best, "ugly" if name == "all_generated_responses" else worst),
+        ([{"role": "assistant", "content": best}], [{"role": "assistant", "content": worst}]),
+    )
+    assert pair["margin"] > 0
+    command("report", "--labels", tmp_path / "out", "--output", tmp_path / "page")
+    page = reported((tmp_path / "page" / "report.md").read_text())
+    assert page.items() >= wanted.items()
+    assert (tmp_path / "page" / "labels0.png").stat().st_size > 10_000
+
+
+def test_weights_and_policies_from_the_command_line(tmp_path):
+    row = FILES["helpsteer2"][0]
+    rows = [row, row | {"response": "", "verbosity": 9}, row | {"prompt": ""}]
+    Dataset.from_list(rows).to_json(tmp_path / "rows.jsonl")
+    words = ["relabel", tmp_path / "rows.jsonl", "--output", tmp_path / "out", "--beta", 0.1]
+    words += ["--attribute-weight", "helpfulness=1", "--attribute-weight", "verbosity=-0.5"]
+    with pytest.raises(ValueError, match="row 2: prompt must not be empty; .*empty_prompts='keep'"):
+        command(*words)
+    found = reported(command(*words, "--empty-prompts", "keep", "--empty-responses", "drop"))
+    assert (
+        found.items()
+        >= {
+            "weight of helpfulness": "1",
+            "weight of verbosity": "-0.5",
+            "dropped: all responses are empty": "1, first at rows [1]",
+            "groups": "2",
+        }.items()
+    )
     made = read_rows(tmp_path / "out")
-    assert made[0]["transformed_rewards"][0] > made[0]["transformed_rewards"][1]
+    assert made["prompt"][:] == ["Hi", ""]
+    assert made["rewards"][:] == [[3.5], [3.5]]
+    for word, message in (("helpfulness", "KEY=VALUE; got 'helpf"), ("a=b", "a number; got 'b'")):
+        with pytest.raises(ValueError, match=f"--attribute-weight.* must be {message}"):
+            command(*words, "--attribute-weight", word)
+    with pytest.raises(ValueError, match="must be of layout 'helpsteer2'; got 'pairs'"):
+        to_groups(Dataset.from_list([PAIRS[0][0]]), attribute_weights={"helpfulness": 1.0})
+
+
+def test_flips_are_counted_before_rows_of_one_prompt_merge():
+    rows = [
+        {"prompt": "Hi", "chosen": c, "rejected": r, "score_chosen": a, "score_rejected": b}
+        for c, r, a, b in [("a", "b", 1, 2), ("c", "b", 3, 2), ("a", "d", 1, 1)]
+    ]
+    groups, report = read_groups(Dataset.from_list(rows))
+    assert groups["rewards"][:] == [[1.0, 2.0, 3.0, 1.0]]
+    counts = {"labelled_pairs": 3, "flipped_labels": 1, "equal_labels": 1, "merged_rows": 2}
+    assert report.counts.items() >= counts.items()
+    stream, told = read_groups(Dataset.from_list(rows).to_iterable_dataset())
+    assert len(list(stream)) == 3
+    assert told.counts.items() >= (counts | {"unscored_groups": 0}).items() - {("merged_rows", 2)}
 
 
 @pytest.mark.skipif("CTRL_DPO_DATA" not in os.environ, reason="CTRL_DPO_DATA names no folder")

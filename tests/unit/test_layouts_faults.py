@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, List, Value
 
 from ctrl_dpo import relabel, to_groups
-from ctrl_dpo.data import layouts
+from ctrl_dpo.data import row_reader
 from ctrl_dpo.data.folders import read_rows
 from ctrl_dpo.data.layouts import read_groups
 
@@ -159,7 +159,7 @@ def test_a_stream_is_read_as_it_passes():
 
 
 def test_rows_of_an_older_reading_do_not_come_back(tmp_path, monkeypatch):
-    Dataset.from_list([GROUP]).to_json(tmp_path / "rows.json")
+    Dataset.from_list([PAIR]).to_json(tmp_path / "rows.json")
 
     def cache_files():
         rows = Dataset.from_json(str(tmp_path / "rows.json"), cache_dir=str(tmp_path / "cache"))
@@ -168,7 +168,7 @@ def test_rows_of_an_older_reading_do_not_come_back(tmp_path, monkeypatch):
     first = cache_files()
     assert first
     assert cache_files() == first
-    monkeypatch.setattr(layouts, "_READING", -1)
+    monkeypatch.setattr(row_reader, "READING", -1)
     assert cache_files().isdisjoint(first)
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
+import subprocess
+import sys
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, IterableDataset
 
@@ -14,7 +20,10 @@ from ctrl_dpo import (
     pairs,
     relabel,
 )
+from ctrl_dpo.data.layouts import read_groups
 from ctrl_dpo.labels.pairs import PairStrategy, parse_strategy
+from ctrl_dpo.measures.label_summary import summarise_labels
+from ctrl_dpo.measures.uniformity import calibration_error, held_out_error
 from ctrl_dpo.relabel import count_pairs
 
 IDENTITY = {"procedure": "single_draw", "transformation": "identity"}
@@ -196,7 +205,8 @@ def test_ties_duplicates_and_single_responses_are_counted():
     data = groups([1.0, 1.0, 2.0], [1.0], [1.0, 2.0])
     data = data.map(lambda row: {"responses": ["same", "same"]} if len(row["rewards"]) == 2 else {})
     labelled = relabel(data, **IDENTITY, beta=1.0)
-    counted = {"groups": 3, "groups_without_pair": 2, "tied_pairs": 1, "duplicate_responses": 1}
+    counted = {"groups": 3, "groups_without_pair": 2, "tied_pairs": 1, "duplicate_pairs": 1}
+    counted |= {"flipped_pairs": 0}
     assert count_pairs(labelled, "all") == counted | {"pairs": 2}
     assert count_pairs(labelled, "all", ties="keep") == counted | {"pairs": 3}
     assert len(pairs(labelled, "all", ties="keep")) == 3
@@ -289,6 +299,16 @@ def test_weighted_calibration_of_a_dataset():
     # weights 1, e^-0.5, e^-1: the middle one beats the first of the others
     assert row["calibrated_rewards"] == pytest.approx([0.0, 1 / (1 + np.exp(-1)), 1.0])
     assert row["transformed_rewards"] == pytest.approx(row["calibrated_rewards"])
+    weights = np.exp([0.0, -0.5, -1.0])
+    size = weights.sum() ** 2 / (weights**2).sum()
+    assert row["effective_sample_size"] == pytest.approx(size)
+    picky = RewardCalibrator("weighted", min_effective_sample_size=2.9)
+    with pytest.raises(ValueError, match=r"sample size must be >= 2.9; got 2.59 at row 0"):
+        relabel(data, **IDENTITY, beta=1.0, calibration=picky)
+    assert not hasattr(picky, "weights_")
+    apart = data.add_column("reference_rewards", [[1.0, 2.0]])
+    with pytest.raises(ValueError, match="reference_rewards must be absent for calibration='weigh"):
+        relabel(apart, **IDENTITY, beta=1.0, calibration="weighted")
     with pytest.raises(ValueError, match="column 'sampler_logps' is missing"):
         relabel(data.remove_columns("sampler_logps"), **IDENTITY, beta=1.0, calibration="weighted")
     with pytest.raises(ValueError, match="must be finite; got -inf .* at row 0, response 0"):
@@ -297,3 +317,126 @@ def test_weighted_calibration_of_a_dataset():
         relabel(data, **IDENTITY, beta=1.0, calibration="pooled", estimator="posterior")
     with pytest.raises(TypeError, match="must be a Dataset for calibration='pooled'; got Iter"):
         relabel(data.to_iterable_dataset(), **IDENTITY, beta=1.0, calibration="pooled")
+
+
+def test_prompt_features_reach_the_pooled_calibrator(rng):
+    features = rng.normal(size=(30, 2))
+    rewards = features[:, [0]] * 3 + rng.normal(size=(30, 3))
+    data = groups(*rewards, prompt_features=features.tolist())
+    made = relabel(data, **IDENTITY, beta=1.0, calibration="pooled")
+    fitted = RewardCalibrator("pooled").fit(rewards, prompt_features=features)
+    wanted = fitted.transform(rewards, inside=True)
+    np.testing.assert_allclose(made["calibrated_rewards"], wanted, atol=1e-12)
+    uneven = data.map(lambda row, i: {"prompt_features": [1.0] * (1 + i % 2)}, with_indices=True)
+    with pytest.raises(ValueError, match="as many for every prompt; got 2 at row 1, 1 at row 0"):
+        relabel(uneven, **IDENTITY, beta=1.0, calibration="pooled")
+
+
+def stored(data: Dataset) -> bytes:
+    """Return the bytes of a dataset in Arrow's own format, chunks joined."""
+    sink = io.BytesIO()
+    table = data.with_format("arrow")[:].combine_chunks().replace_schema_metadata()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def test_one_process_and_four_write_the_same_bytes(rng):
+    data = groups(*[rng.integers(0, 6, size=n).tolist() for n in [2, 5, 3, 8, 2, 4] * 3])
+    made = {}
+    for processes in (1, 4):
+        read, _ = read_groups(data, num_proc=processes)
+        options = {"num_proc": processes, "keep_in_memory": True}
+        labelled = relabel(read, procedure="best_of_4", beta=0.1, **options)
+        few = relabel(labelled, procedure="best_of_4", beta=0.1, extremes=1, **options)
+        chosen = pairs(labelled, "random:3", ties="keep", **options)
+        made[processes] = [stored(rows) for rows in (read, labelled, few, chosen)]
+    assert made[1] == made[4]
+
+
+def test_labels_are_cached_by_what_decides_them(tmp_path, rng):
+    groups(*rng.normal(size=(5, 4)).tolist()).to_parquet(tmp_path / "rows.parquet")
+    script = (
+        "import sys; from datasets import Dataset; from ctrl_dpo import relabel, pairs\n"
+        f"rows = Dataset.from_parquet({str(tmp_path / 'rows.parquet')!r}, cache_dir="
+        f"{str(tmp_path / 'cache')!r})\n"
+        "made = relabel(rows, procedure='best_of_4', target_kl=float(sys.argv[1]))\n"
+        "print(sorted(f['filename'] for f in [*made.cache_files, *pairs(made).cache_files]))"
+    )
+
+    def cached(kl: str) -> str:
+        words = [sys.executable, "-c", script, kl]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+    # another process with the same settings reads the same files
+    assert cached("1.0") == cached("1.0") != cached("0.5")
+
+
+def test_pairs_of_a_stream_are_the_same_pairs(rng):
+    data = groups(*rng.normal(size=(9, 4)).tolist())
+    labelled = relabel(data, procedure="best_of_4", beta=0.1)
+    stream = relabel(data.to_iterable_dataset(), procedure="best_of_4", beta=0.1)
+    assert list(pairs(stream, "random:2")) == list(pairs(labelled, "random:2"))
+
+
+def test_flips_of_the_order_of_rewards_are_counted():
+    data = groups([1.0, 2.0, 3.0]).add_column("beta", [1.0])
+    data = data.add_column("calibrated_rewards", [[0.9, 0.5, 0.1]])
+    data = data.add_column("transformed_rewards", [[0.9, 0.1, 0.5]])
+    counts = count_pairs(data, "all")
+    assert (counts["pairs"], counts["flipped_pairs"]) == (3, 2)
+    assert summarise_labels(data).flipped_share == 1.0
+
+
+def test_the_summary_by_hand(tmp_path):
+    data = groups([1.0, 3.0, 2.0, 3.0], [5.0])
+    made = relabel(data, **IDENTITY, beta=0.5, estimator="plug_in")
+    summary = summarise_labels(made, reading={"rows": 2}, pairs=count_pairs(made, "all"))
+    assert (summary.groups, summary.responses, summary.beta) == (2, 5, 0.5)
+    # mid-ranks 1/8, 3/4, 3/8, 3/4: one of six pairs is tied
+    assert summary.tied_share == pytest.approx(1 / 6)
+    assert summary.margin_quantiles["50%"] == pytest.approx(0.375)
+    assert summary.margin_nats == pytest.approx(0.75)
+    assert summary.histograms["margins"]["counts"][0] == 1
+    assert sum(summary.histograms["margins"]["counts"]) == 6
+    assert summary.histograms["margins"]["edges"][-1] == pytest.approx(1.25)
+    assert summary.calibration_error.n == 2
+    summary.save(tmp_path / "labels.json")
+    loaded = json.loads((tmp_path / "labels.json").read_text())
+    assert loaded == summary.to_dict()
+    assert loaded["rows"] == 2
+    assert loaded["pairs"] == 5
+    assert "| tied_share " in str(summary)
+    assert "histograms" not in str(summary)
+
+
+def test_the_summary_of_weighted_labels_states_sample_sizes():
+    logs = {"reference_logps": [[-1.0] * 4] * 2, "sampler_logps": [[-1.0] * 4, [-9, -1, -1, -1]]}
+    data = groups([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], **logs)
+    loose = RewardCalibrator("weighted", min_effective_sample_size=1.0)
+    made = relabel(data, **IDENTITY, beta=1.0, calibration=loose)
+    summary = summarise_labels(made, "weighted")
+    low = (np.exp(8) + 3) ** 2 / (np.exp(16) + 3)
+    assert summary.effective_sample_size == pytest.approx({"minimum": low, "median": (low + 4) / 2})
+    assert summary.to_dict()["effective_sample_size_minimum"] == pytest.approx(low)
+
+
+def test_held_out_draws_of_a_calibrated_reward_are_uniform():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(4000, 1)) + rng.normal(size=(4000, 8))
+    error, values = held_out_error(RewardCalibrator("pooled"), draws)
+    assert values.size == error.n == 16_000
+    assert error.kolmogorov_smirnov < 0.04
+    # 4 draws calibrate: by exchangeability 1/5 of the others on each of 5 values, 1/5 at 0 and 1
+    coarse, values = held_out_error(RewardCalibrator(), draws)
+    assert np.bincount((4 * values).astype(int)) / 16_000 == pytest.approx([0.2] * 5, abs=0.02)
+    assert coarse.kolmogorov_smirnov == pytest.approx(0.2, abs=0.02)
+    # sorted draws are the same draws
+    ordered, _ = held_out_error(RewardCalibrator(), np.sort(draws))
+    assert ordered.kolmogorov_smirnov == pytest.approx(0.2, abs=0.02)
+    # draws of N(0.3, 1), weighted to N(0, 1)
+    shifted = rng.normal(0.3, size=(4000, 64))
+    weighted, values = held_out_error(RewardCalibrator("weighted"), shifted, 0.045 - 0.3 * shifted)
+    assert weighted.mean_absolute_deviation < 0.01
+    assert calibration_error(values).mean_absolute_deviation > 0.05
+    assert held_out_error(RewardCalibrator(), [[1.0], [2.0]]) is None

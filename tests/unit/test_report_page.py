@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
+from ctrl_dpo.measures.label_plots import label_figure
 from ctrl_dpo.measures.planning import frontier_page, frontier_rows, sensitivity_page
 from ctrl_dpo.measures.plots import words
-from ctrl_dpo.report import attainment_table, comparison_table, report, win_rate_table
+from ctrl_dpo.report import (
+    attainment_table,
+    comparison_table,
+    label_summaries,
+    report,
+    win_rate_table,
+)
 
 
 def estimate(value: float, spread: float = 0.05) -> dict[str, object]:
@@ -118,3 +129,39 @@ def test_serving_as_trained_loses_nothing(tmp_path):
     assert "0.8646 (-0.0000)" in page[2]
     assert "0.7106 (-0.1540)" in page[3]
     assert (tmp_path / "s.png").stat().st_size > 10_000
+
+
+def test_labels_alone_make_a_page(tmp_path):
+    made = label_summaries([labelled_folder(tmp_path / "stage")])
+    page = report(tmp_path, [], labels=made).read_text()
+    assert page.startswith("## Labels of ")
+    assert re.search(r"\| tied_share +\| 0.25 ", page)
+    assert "histograms" not in page
+    assert (tmp_path / "labels0.png").stat().st_size > 10_000
+    both = report(tmp_path / "both", [record()], labels=made).read_text()
+    assert "## Evaluation" in both
+    assert "## Labels of " in both
+    with pytest.raises(ValueError, match="must be finished folders of `ctrl-dpo relabel`; got"):
+        label_summaries([tmp_path / "absent"])
+
+
+def labelled_folder(path: Path) -> Path:
+    bins = {"edges": [0.0, 0.5, 1.0], "counts": [3, 1]}
+    summary = {"rows": 5, "groups": 4, "tied_share": 0.25, "margin_nats": 0.3}
+    summary |= {"dropped: prompt must be text": "1, first at rows [2]"}
+    summary["histograms"] = {"held_out": bins, "margins": bins}
+    path.mkdir()
+    (path / "stage.json").write_text(json.dumps({"stage": "relabel", "summary": summary}))
+    return path
+
+
+def test_the_figure_of_labels_draws_their_numbers(tmp_path):
+    (summary,) = label_summaries([labelled_folder(tmp_path / "stage")]).values()
+    counts, held_out, margins = label_figure("mine", summary).axes
+    assert [bar.get_width() for bar in counts.patches] == [5, 4, 1]
+    names = [text.get_text() for text in counts.get_yticklabels()]
+    assert names == ["rows", "groups", "dropped: prompt must be text"]
+    assert held_out.patches[0].get_data().values.tolist() == [75.0, 25.0]
+    assert margins.get_title() == "margins, 25.0% of them 0"
+    summary["histograms"]["held_out"] = {"edges": [0.0, 1.0], "counts": [0]}
+    assert label_figure("mine", summary).axes[1].get_title().endswith("no prompt has two draws")

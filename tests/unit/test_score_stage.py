@@ -209,7 +209,7 @@ def test_scores_that_are_no_numbers_are_refused(bad):
         ({"prompt": [], "responses": []}, ValueError, "at least one row; got 0"),
         ({"prompt": ["a"], "responses": [[]]}, ValueError, r"at least one; got \[\] at row 0"),
         ({"prompt": ["a", None], "responses": [["x"], ["y"]]}, ValueError, "got None at row 1"),
-        ({"prompt": [""], "responses": [["x"]]}, ValueError, "got '' at row 0"),
+        ({"prompt": [[]], "responses": [["x"]]}, ValueError, r"got \[\] at row 0"),
         ({"prompt": ["a"], "responses": [["x", None]]}, TypeError, "None at row 0, response 1"),
         ({"prompt": ["a"], "responses": [[3]]}, TypeError, "got 3 at row 0, response 0"),
         (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from tiny import tiny_tokenizer
 
-from ctrl_dpo.data.tokens import count_tokens, end_token, prompt_tokens, tokenize_group
+from ctrl_dpo.data.token_groups import count_tokens
+from ctrl_dpo.data.tokens import end_token, prompt_tokens, tokenize_group
 
 PAD, START, END = 0, 1, 2
 CHAT = [{"role": "user", "content": "ab"}]

@@ -1,0 +1,214 @@
+"""Commands from responses to labels: ``score`` and ``relabel``."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ctrl_dpo.commands.options import (
+    Column,
+    EmptyPrompts,
+    EmptyResponses,
+    Invalid,
+    Layout,
+    Output,
+    Procedure,
+    SamePrompt,
+    assigned,
+    finished,
+    tabulated,
+)
+
+
+def score(
+    groups: Annotated[
+        str, typer.Argument(help="Responses in any layout: stage folder, file, hub name.")
+    ],
+    reward: Annotated[str, typer.Option(help="Sequence-classification model, or module:function.")],
+    output: Output,
+    layout: Layout = "auto",
+    column: Column = None,
+    invalid: Invalid = "error",
+    same_prompt: SamePrompt = "merge",
+    empty_prompts: EmptyPrompts = "error",
+    empty_responses: EmptyResponses = "keep",
+    batch_size: Annotated[int, typer.Option(help="Responses per forward pass.")] = 16,
+    cache: Annotated[
+        Path | None, typer.Option(help="File of scores; default: beside the output.")
+    ] = None,
+) -> None:
+    """Add a reward to every response."""
+    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.data.layouts import read_groups
+    from ctrl_dpo.score import load_reward
+
+    reading: dict[str, Any] = {
+        "layout": layout,
+        "columns": assigned("--column", column),
+        "invalid": invalid,
+        "same_prompt": same_prompt,
+        "empty_prompts": empty_prompts,
+        "empty_responses": empty_responses,
+    }
+    model = load_reward(reward)
+    settings = {"reward": reward, "identity": model.identity} | reading
+
+    def make() -> tuple[Any, dict[str, Any]]:
+        found, report = read_groups(read_rows(groups), **reading)
+        scored = _scored(found, report, model, cache or _beside(output), batch_size)
+        return scored, report.summary() | _reward_summary(scored["rewards"])
+
+    run_once(StageFolder(output, "score", settings, {"groups": content_hash(groups)}), make)
+    finished(output)
+
+
+def relabel(
+    source: Annotated[
+        str, typer.Argument(help="Scored responses in any layout: stage folder, file, hub name.")
+    ],
+    output: Output,
+    procedure: Procedure = "best_of_4",
+    transformation: Annotated[
+        str, typer.Option(help="optimal, identity, log, normal_quantile or exponential:RATE.")
+    ] = "optimal",
+    target_kl: Annotated[
+        float | None, typer.Option(help="KL budget in nats per response; sets beta.")
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            help="rank_optimal (default of optimal), posterior (of others), plug_in or levels."
+        ),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
+    ] = None,
+    ties: Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")] = "drop",
+    calibration: Annotated[
+        str, typer.Option(help="empirical, pooled (few draws) or weighted (another policy's).")
+    ] = "empirical",
+    min_effective_sample_size: Annotated[
+        float, typer.Option(help="weighted refuses prompts whose draws are worth fewer.")
+    ] = 2.0,
+    extremes: Annotated[
+        int | None, typer.Option(help="Keep only so many best and worst responses of each group.")
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="Score unscored responses first, as `ctrl-dpo score` does.")
+    ] = None,
+    layout: Layout = "auto",
+    column: Column = None,
+    attribute_weight: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=NUMBER: one reward out of HelpSteer2's attributes; repeatable."),
+    ] = None,
+    invalid: Invalid = "error",
+    same_prompt: SamePrompt = "merge",
+    empty_prompts: EmptyPrompts = "error",
+    empty_responses: EmptyResponses = "keep",
+    ranks_as_rewards: Annotated[
+        bool, typer.Option(help="Accept ranks, which tell the order only, as rewards.")
+    ] = False,
+    num_proc: Annotated[int | None, typer.Option(help="Processes.")] = None,
+) -> None:
+    """Calibrate and transform rewards into training targets: groups, or pairs with margins."""
+    from ctrl_dpo.calibrate import RewardCalibrator
+    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.data.layouts import read_groups
+
+    reading: dict[str, Any] = {
+        "layout": layout,
+        "columns": assigned("--column", column),
+        "attribute_weights": _numbers(assigned("--attribute-weight", attribute_weight)),
+        "invalid": invalid,
+        "same_prompt": same_prompt,
+        "empty_prompts": empty_prompts,
+        "empty_responses": empty_responses,
+        "ranks_as_rewards": ranks_as_rewards,
+    }
+    labels: dict[str, Any] = {
+        "procedure": procedure,
+        "transformation": transformation,
+        "target_kl": target_kl,
+        "beta": beta,
+        "estimator": estimator,
+        "extremes": extremes,
+    }
+    calibrator = RewardCalibrator(calibration, min_effective_sample_size)
+    model = _reward(reward)
+    settings = reading | labels | calibrator.get_params() | {"pairs": pairs, "ties": ties}
+    settings |= {"reward": None if model is None else model.identity}
+
+    def make() -> tuple[Any, dict[str, Any]]:
+        groups, report = read_groups(read_rows(source), num_proc=num_proc, **reading)
+        if model is not None:
+            groups = _scored(groups, report, model, _beside(output))
+        labels_of = labels | {"calibration": calibrator, "num_proc": num_proc}
+        return _labelled(groups, report.summary(), labels_of, pairs, ties)
+
+    folder = StageFolder(output, "relabel", settings, {"source": content_hash(source)})
+    run_once(folder, make)
+    tabulated(output)
+
+
+def _labelled(
+    groups: Any, reading: Mapping[str, Any], labels: dict[str, Any], strategy: str | None, ties: str
+) -> tuple[Any, dict[str, Any]]:
+    """Return labelled groups, or pairs of them, and their summary."""
+    from ctrl_dpo.measures.label_summary import summarise_labels
+    from ctrl_dpo.relabel import count_pairs, pairs, relabel
+
+    made = relabel(groups, **labels)
+    counts = None if strategy is None else count_pairs(made, strategy, ties=ties)
+    method = labels["calibration"].method
+    summary = summarise_labels(made, method, reading=reading, pairs=counts)
+    rows = made if strategy is None else pairs(made, strategy, ties=ties)
+    return rows, summary.to_dict()
+
+
+def _reward(name: str | None) -> Any:
+    if name is None:
+        return None
+    from ctrl_dpo.score import load_reward
+
+    return load_reward(name)
+
+
+def _scored(groups: Any, report: Any, model: Any, store: Path, batch_size: int = 16) -> Any:
+    """Return the groups with rewards, through the cache of scores; count flips of known labels."""
+    from ctrl_dpo.data.detection import PAIRED
+    from ctrl_dpo.score import score
+
+    store.parent.mkdir(parents=True, exist_ok=True)
+    scored = score(groups, model, batch_size=batch_size, cache=store)
+    if report.layout in PAIRED:
+        report.count_labels(scored)
+    return scored
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}.scores.jsonl")
+
+
+def _numbers(weights: Mapping[str, str] | None) -> dict[str, float] | None:
+    from ctrl_dpo.data.layout_rows import to_float
+
+    if weights is None:
+        return None
+    return {name: to_float(f"--attribute-weight {name}", text) for name, text in weights.items()}
+
+
+def _reward_summary(rewards: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """Count scores, and the pairs within prompts that they leave tied."""
+    groups = [list(group) for group in rewards]
+    values = [value for group in groups for value in group]
+    pairs = [a == b for group in groups for a, b in itertools.combinations(group, 2)]
+    summary = {"prompts": len(groups), "responses": len(values), "mean": statistics.fmean(values)}
+    return summary | ({"tied_pairs": statistics.fmean(pairs)} if pairs else {})

@@ -1,0 +1,70 @@
+"""Options that several commands have, and what they print when they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Output = Annotated[Path, typer.Option(help="Folder to write; finished work in it is not redone.")]
+Procedure = Annotated[
+    str, typer.Option(help="How the model will be used: single_draw, best_of_4, worst_of_8, ...")
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
+
+# how any public layout is read
+Layout = Annotated[str, typer.Option(help="Layout of the data; found by its columns by default.")]
+Column = Annotated[
+    list[str] | None, typer.Option(help="OURS=THEIRS, such as rewards=scores; repeatable.")
+]
+Invalid = Annotated[str, typer.Option(help="Rows that break the rules: error or drop.")]
+SamePrompt = Annotated[
+    str, typer.Option(help="Rows of one prompt: merge into one group, or keep apart.")
+]
+EmptyPrompts = Annotated[str, typer.Option(help="Prompts without text: error or keep.")]
+EmptyResponses = Annotated[str, typer.Option(help="Responses without text: keep or drop.")]
+
+
+def assigned(option: str, words: Sequence[str] | None) -> dict[str, str] | None:
+    """Return the mapping that words ``KEY=VALUE`` stand for, None without any.
+
+    Parameters
+    ----------
+    option : str
+        The option they were given by, for the error.
+    words : sequence of str, optional
+        Each with an equals sign.
+
+    Returns
+    -------
+    dict of str to str, or None
+        Values by key.
+
+    Raises
+    ------
+    ValueError
+        If a word has no equals sign.
+    """
+    for word in words or []:
+        if "=" not in word:
+            raise ValueError(f"{option} must be KEY=VALUE; got {word!r}.")
+    return dict(word.split("=", 1) for word in words) if words else None
+
+
+def finished(output: Path) -> None:
+    """Print a stage's own summary."""
+    from ctrl_dpo.data.folders import read_record
+    from ctrl_dpo.measures.tables import figures
+
+    rows = figures(read_record(output)["summary"])
+    typer.echo(f"{output}: {', '.join(f'{name} {value}' for name, value in rows)}")
+
+
+def tabulated(output: Path) -> None:
+    """Print a stage's own summary, one line a number."""
+    from ctrl_dpo.data.folders import read_record
+    from ctrl_dpo.measures.tables import figures, table
+
+    typer.echo(table([str(output), "value"], figures(read_record(output)["summary"])))
