@@ -21,7 +21,7 @@ def append_rows(question: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Append measurements to ``results/QUESTION.csv``; columns are fixed by the first row ever."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{question}.csv"
-    full = [{**row, **_circumstances()} for row in rows]
+    full = [{**row, **circumstances()} for row in rows]
     new = not path.exists()
     if not new:
         with path.open(newline="") as file:
@@ -38,7 +38,24 @@ def append_rows(question: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def _circumstances() -> dict[str, str]:
+def merge_rows(question: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> Path:
+    """Write measurements that hold their own circumstances; one of the same key is replaced."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{question}.csv"
+    kept: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = {tuple(row[k] for k in key): row for row in csv.DictReader(file)}
+    kept |= {tuple(str(row[k]) for k in key): row for row in rows}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept[name] for name in sorted(kept))
+    return path
+
+
+def circumstances() -> dict[str, str]:
+    """Return versions, commit, machine and date of a measurement."""
     here = Path(__file__).parent
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],

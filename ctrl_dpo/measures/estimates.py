@@ -206,7 +206,8 @@ def bootstrap_interval(
         Low and high end.
     """
     n = samples[0].size
-    if all(np.ptp(sample) == 0 for sample in samples):
+    left_out = [statistic(*(np.delete(sample, i) for sample in samples), axis=-1) for i in range(n)]
+    if np.ptp(left_out) == 0 or all(np.ptp(sample) == 0 for sample in samples):
         point = float(statistic(*samples, axis=-1))
         return point, point  # BCa divides by the spread of the jackknife
     quantile = stats.t.ppf((1 + confidence) / 2, n - 1)

@@ -12,12 +12,14 @@ import ctrl_dpo
 from ctrl_dpo.arguments import parse_arguments
 
 RECIPES = Path(ctrl_dpo.__file__).parent.parent / "recipes"
-CONFIGS = sorted(RECIPES.rglob("*.yaml"))
+EXPERIMENTS = sorted(RECIPES.rglob("headline_*.yaml"))
+CONFIGS = sorted(set(RECIPES.rglob("*.yaml")) - set(EXPERIMENTS))
 SCRIPTS = sorted(RECIPES.rglob("*.sh"))
 
 
 def test_all_recipe_files_are_covered():
     assert len(CONFIGS) == 2
+    assert len(EXPERIMENTS) == 2
     assert len(SCRIPTS) == 7
 
 
@@ -29,6 +31,28 @@ def test_every_configuration_builds_and_opens_with_its_command(path, tmp_path):
     adapter, args = parse_arguments(path, ["--output_dir", str(tmp_path)])
     assert adapter.peft_config().r == adapter.lora_r
     assert args.output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
+def test_every_experiment_builds_and_names_its_cells_once(path, quick, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES.parent / "benchmarks"))
+    from experiment.methods import METHODS
+    from experiment.settings import read_experiment
+
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# python benchmarks/headline.py recipes/configs/{path.name}")
+    experiment = read_experiment(path, quick)
+    assert experiment.procedure in experiment.measured
+    cells = list(experiment.cells())
+    assert len({cell.name for cell in cells}) == len(cells) >= 10
+    assert {cell.method for cell in cells} <= set(METHODS)
+    if not quick:
+        assert set(experiment.strengths) == set(METHODS)
+        assert min(map(len, experiment.strengths.values())) == 5
+        assert len(experiment.seeds) == 3
+    for cell in cells:
+        experiment.changed(cell)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

@@ -146,6 +146,16 @@ def test_what_the_columns_do_not_give_is_none():
     assert record["tied"] == 0.25
 
 
+def test_a_policy_that_wins_and_loses_alike_everywhere_attains_exactly_nothing():
+    """All rewards tie, so W is 1/2 on every prompt, whatever KL each prompt paid."""
+    logps = {
+        "policy_logps": [[1.0 + i, 2.0] for i in range(4)],
+        "reference_logps": [[0.0, 0.0]] * 4,
+    }
+    record = evaluate(rows([[1, 1]] * 4, **logps), rows([[1, 1]] * 4), procedures=["best_of_2"])
+    assert record["attainment"] == {"best_of_2": {"value": 0.0, "low": 0.0, "high": 0.0}}
+
+
 def test_attainment_at_a_kl_that_may_be_zero_is_none():
     logps = [[0.0, 1.0]] * 2 + [[1.0, 0.0]]
     policy = rows([[1, 2]] * 3, policy_logps=logps, reference_logps=[[0.5, 0.5]] * 3)

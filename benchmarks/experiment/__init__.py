@@ -1,0 +1,1 @@
+"""Parts of `headline.py`: settings, data, rewards, methods, cells, results."""

@@ -1,0 +1,188 @@
+"""Stages and cells: everything on disk, nothing that is finished done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from recording import circumstances
+
+from ctrl_dpo import CTRLDPOConfig
+from ctrl_dpo.data.folders import StageFolder, content_hash, write_atomically
+from ctrl_dpo.engine.generation import Sampler
+from ctrl_dpo.engine.models import load_model, load_policy, load_tokenizer
+from ctrl_dpo.evaluate import evaluate
+from ctrl_dpo.sample import sample
+from ctrl_dpo.score import score
+from experiment.data import prompts, source
+from experiment.methods import METHODS, Job
+from experiment.settings import Cell, Experiment
+
+RECORD = "record.json"
+JUDGES = ("training", "judging")  # the reward models: what is trained on, what only judges
+_RECIPE = Path(__file__).parents[2] / "recipes" / "train_reward_model.py"
+_REFERENCE_SEED, _HELD_OUT_SEED, _POLICY_SEED = 1, 2, 1000
+_GRID = ("strengths", "seeds", "ablations", "kls")  # settings that change no cell's numbers
+
+
+class Bench:
+    """One experiment in one folder.
+
+    Parameters
+    ----------
+    experiment : Experiment
+        Its settings.
+    model : str
+        Folder or hub name of the reference policy.
+    runs : Path
+        Folder of all experiments; reward models are shared between them.
+    name : str
+        Folder of this one under it.
+    """
+
+    def __init__(self, experiment: Experiment, model: str, runs: Path, name: str) -> None:
+        self.experiment, self.model, self.runs = experiment, model, runs
+        self.folder = runs / name
+        self.tokenizer = load_tokenizer(model)
+
+    def reward_models(self) -> dict[str, str]:
+        """Train the two reward models, each on its half of the pairs, unless they are there."""
+        pairs = self.runs / "pairs.parquet"
+        found = {}
+        for half, judge in enumerate(JUDGES):
+            output = self.runs / f"reward_{judge}"
+            found[judge] = str(output)
+            if (output / "reward_model.json").exists():
+                continue
+            if not pairs.exists():
+                self.runs.mkdir(parents=True, exist_ok=True)
+                source(self.experiment.pairs, self.experiment.pairs_hub).to_parquet(str(pairs))
+            settings = [
+                f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}")
+                for k, v in self.experiment.reward.items()
+            ]
+            words = [str(_RECIPE), self.model, str(pairs), "--output", str(output)]
+            subprocess.run(
+                [sys.executable, *words, "--half", str(half), "--seed", str(half), *settings],
+                check=True,
+            )
+        return found
+
+    def prompts(self, split: str) -> Dataset:
+        """Return the prompts of a split."""
+        return prompts(self.experiment, self.tokenizer, self.folder)[split]
+
+    def reference_draws(self, split: str, experiment: Experiment) -> Dataset:
+        """Return draws of the reference policy, scored by both reward models."""
+        held_out = split == "held_out"
+        count = experiment.held_out_draws if held_out else experiment.draws
+        seed = _HELD_OUT_SEED if held_out else _REFERENCE_SEED
+        drawn = sample(
+            self.prompts(split),
+            load_model(self.model),
+            Sampler(count, experiment.max_new_tokens, seed=seed),
+            tokenizer=self.tokenizer,
+            output=self.folder / f"reference_{split}_{count}",
+        )
+        return self.scored(drawn)
+
+    def scored(self, drawn: Dataset) -> Dataset:
+        """Add the scores of both reward models; responses seen before cost nothing."""
+        both = {
+            judge: score(drawn, name, cache=self.runs / f"scores_{judge}.jsonl")["rewards"]
+            for judge, name in self.reward_models().items()
+        }
+        found = drawn.add_column("rewards", list(both["training"]))
+        return found.add_column("judging_rewards", list(both["judging"]))
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Return the record of a cell, training and measuring it unless that is done."""
+        experiment = self.experiment.changed(cell)
+        settings = {k: v for k, v in dataclasses.asdict(experiment).items() if k not in _GRID}
+        inputs = {name: content_hash(path) for name, path in self.reward_models().items()}
+        inputs["model"] = content_hash(self.model)
+        for split in ("train", "held_out"):
+            self.prompts(split)
+            inputs[split] = content_hash(self.folder / f"{split}_prompts.jsonl")
+        folder = StageFolder(
+            self.folder / "cells" / cell.name, "headline", settings, inputs, n_shards=0
+        ).open()
+        path = folder.path / RECORD
+        if not folder.is_complete:
+            start = time.perf_counter()
+            self._train(cell, experiment, folder.path / "adapter")
+            trained = time.perf_counter()
+            record = self._measured(cell, experiment, folder.path)
+            seconds = {"train": trained - start, "measure": time.perf_counter() - trained}
+            record |= {"cell": dataclasses.asdict(cell), "seconds": seconds}
+            record |= {"settings": settings, "circumstances": circumstances()}
+            write_atomically(path, (json.dumps(record) + "\n").encode("utf-8"))
+            folder.finish({"kl": record["training"]["kl"]["value"]})
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return loaded
+
+    def _train(self, cell: Cell, experiment: Experiment, output: Path) -> None:
+        """Train the policy of a cell into a folder."""
+        if (output / "adapter_config.json").exists():
+            return
+        groups = self.reference_draws("train", experiment)
+        drop = ["judging_rewards", "sampler_logps"]
+        job: Job = METHODS[cell.method](groups.remove_columns(drop), cell.strength, experiment)
+        config = {**experiment.training, **job.config}
+        args = CTRLDPOConfig(
+            str(output),
+            seed=cell.seed,
+            load_in_8bit=experiment.load_in_8bit,
+            reference_cache=str(self.folder / "reference_logps"),
+            save_strategy="no",
+            report_to="none",
+            **config,
+        )
+        rank = experiment.lora_r
+        adapter = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        trainer = job.trainer(self.model, args, job.data, peft_config=adapter)
+        trainer.train()
+        trainer.save_model()
+
+    def _measured(self, cell: Cell, experiment: Experiment, folder: Path) -> dict[str, Any]:
+        """Measure the policy of a cell by fresh draws, under both reward models."""
+        reference = self.reference_draws(experiment.where, experiment)
+        drawn = sample(
+            self.prompts(experiment.where),
+            load_policy(folder / "adapter", load_in_8bit=experiment.load_in_8bit),
+            Sampler(
+                experiment.held_out_draws,
+                experiment.max_new_tokens,
+                seed=_POLICY_SEED + cell.seed,
+            ),
+            tokenizer=self.tokenizer,
+            output=folder / "draws",
+            log_ratios=True,
+        )
+        policy = self.scored(drawn)
+        name = f"{cell.method} {cell.strength:g}"
+        return {
+            judge: evaluate(
+                _judged(policy, judge),
+                _judged(reference, judge),
+                name=name,
+                procedures=experiment.measured,
+            )
+            for judge in JUDGES
+        }
+
+
+def _judged(draws: Dataset, judge: str) -> Dataset:
+    """Return draws with the rewards of one of the reward models."""
+    if judge == "training":
+        return draws
+    return draws.remove_columns("rewards").rename_column("judging_rewards", "rewards")

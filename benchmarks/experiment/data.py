@@ -1,0 +1,52 @@
+"""Prompts of a task, split in two, and the preference pairs of the reward models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset
+
+from ctrl_dpo.data.folders import read_rows, write_atomically
+from ctrl_dpo.data.layouts import read_groups
+from ctrl_dpo.data.messages import prompt_key
+from ctrl_dpo.data.tokens import prompt_tokens
+from experiment.settings import Experiment
+
+_SPLIT_SEED = 0
+
+
+def source(path: str, hub: tuple[str, str]) -> Dataset:
+    """Read a local file or, where there is none, a folder of a hub data set."""
+    if Path(path).exists():
+        return read_rows(path)
+    name, folder = hub
+    return datasets.load_dataset(name, data_dir=folder, split="train")
+
+
+def first_turns(rows: Dataset) -> list[list[dict[str, str]]]:
+    """Return the distinct opening messages of people, in their order."""
+    if "prompt" not in rows.column_names:
+        rows, _ = read_groups(rows, same_prompt="keep", invalid="drop")
+    opening = {prompt_key(p[:1]): p[:1] for p in rows["prompt"] if p[0]["role"] == "user"}
+    return list(opening.values())
+
+
+def prompts(experiment: Experiment, tokenizer: Any, folder: Path) -> dict[str, Dataset]:
+    """Return training and held-out prompts; written once, so that every cell has the same."""
+    files = {name: folder / f"{name}_prompts.jsonl" for name in ("held_out", "train")}
+    if not all(file.exists() for file in files.values()):
+        found = first_turns(source(experiment.prompts, experiment.prompts_hub))
+        limit = experiment.max_prompt_tokens
+        fitting = [p for p in found if len(prompt_tokens(tokenizer, p)) <= limit]
+        order = np.random.default_rng(_SPLIT_SEED).permutation(len(fitting))
+        chosen = [{"prompt": fitting[i]} for i in order]
+        held_out, rest = chosen[: experiment.n_held_out], chosen[experiment.n_held_out :]
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, rows in (("held_out", held_out), ("train", rest[: experiment.n_train])):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            write_atomically(files[name], text.encode("utf-8"))
+    return {name: read_rows(file) for name, file in files.items()}

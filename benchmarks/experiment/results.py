@@ -1,0 +1,167 @@
+"""Records of cells -> rows, the comparison at equal KL, and the figure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.equal_kl import Curve, difference_at_kl, win_rate_at_kl
+from ctrl_dpo.measures.planning import frontier_rows
+from ctrl_dpo.measures.tables import cell as text_of
+from ctrl_dpo.measures.tables import table
+from experiment.cells import JUDGES
+from experiment.settings import Experiment
+
+Record = Mapping[str, Any]
+OURS = "optimal"
+SHOWN = ("single_draw", "best_of_4", "best_of_8", "worst_of_4")
+
+
+def cell_rows(task: str, records: Iterable[Record]) -> list[dict[str, Any]]:
+    """Return one row a cell: win rates under both reward models, KL, attainment, length."""
+    rows = []
+    for record in records:
+        cell, measured = record["cell"], record["training"]
+        row = {
+            "task": task,
+            "ablation": cell["ablation"],
+            "method": cell["method"],
+            "strength": cell["strength"],
+            "seed": cell["seed"],
+            "changes": ";".join(f"{key}={value}" for key, value in cell["changes"]),
+            "n_train": record["settings"]["n_train"],
+            "n_prompts": measured["n_prompts"],
+            "n_draws": measured["n_draws"],
+            **_interval("kl", measured["kl"]),
+        }
+        for judge in JUDGES:
+            for procedure, rate in record[judge]["win_rates"].items():
+                row |= _interval(f"{judge} {procedure}", rate)
+        for procedure, share in measured["attainment"].items():
+            row[f"attainment {procedure}"] = "" if share is None else round(share["value"], 4)
+        row["length"] = round(measured["length"]["value"], 2)
+        row["reference_length"] = round(measured["reference_length"]["value"], 2)
+        row |= {f"{k}_seconds": round(v) for k, v in record["seconds"].items()}
+        rows.append(row | record["circumstances"])
+    return rows
+
+
+def _interval(name: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    ends = {"": "value", " low": "low", " high": "high"}
+    return {f"{name}{suffix}": round(numbers[key], 4) for suffix, key in ends.items()}
+
+
+def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, Curve]:
+    """Return the curve of each method of the main comparison, seeds of a strength averaged."""
+    points: dict[str, dict[float, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        cell = record["cell"]
+        if cell["ablation"] == "main":
+            measured = record[judge]
+            pair = measured["kl"], measured["win_rates"][procedure]
+            points[cell["method"]][cell["strength"]].append([p["per_prompt"] for p in pair])
+    made = {}
+    for method, strengths in points.items():
+        means = np.array([np.mean(seeds, axis=0) for _, seeds in sorted(strengths.items())])
+        made[method] = Curve(means[:, 0], means[:, 1])
+    return made
+
+
+def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Compare every method with ours at equal measured KL, by procedure and reward model."""
+    rows = []
+    size = {"n_train": experiment.n_train, "seeds": len({r["cell"]["seed"] for r in records})}
+    size |= {k: records[0]["training"][k] for k in ("n_prompts", "n_draws")}
+    for judge in JUDGES:
+        for procedure in experiment.measured:
+            found = curves(records, judge, procedure)
+            for kl in experiment.kls:
+                for method, curve in found.items():
+                    rate = win_rate_at_kl(curve, kl, procedure)
+                    less = None
+                    if method != OURS and OURS in found:
+                        less = difference_at_kl(found[OURS], curve, kl, procedure)
+                    rows.append(
+                        {
+                            "task": experiment.task,
+                            **size,
+                            "judge": judge,
+                            "procedure": procedure,
+                            "kl": kl,
+                            "method": method,
+                            "win_rate": rate,
+                            "ours_minus_method": less,
+                            "reach": curve.reach,
+                        }
+                    )
+    return rows
+
+
+def flat(rows: Iterable[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lay intervals out as columns, for a file."""
+    made = []
+    for row in rows:
+        line: dict[str, Any] = {k: v for k, v in row.items() if not isinstance(v, dict)}
+        for name in ("win_rate", "ours_minus_method"):
+            ends = row[name] or dict.fromkeys(("value", "low", "high"), "")
+            line.pop(name, None)
+            line |= {f"{name} {end}": round(v, 4) if v != "" else "" for end, v in ends.items()}
+        line["reach"] = round(row["reach"], 4)
+        made.append(line | extra)
+    return made
+
+
+def comparison(experiment: Experiment, rows: Sequence[Mapping[str, Any]], kl: float) -> str:
+    """Write the comparison at one KL for the procedure trained for, as a Markdown table."""
+    chosen = {
+        (row["method"], row["judge"]): row
+        for row in rows
+        if row["kl"] == kl and row["procedure"] == experiment.procedure
+    }
+    lines = []
+    for method in dict.fromkeys(method for method, _ in chosen):
+        cells = []
+        for judge in JUDGES:
+            row = chosen[method, judge]
+            cells += [
+                text_of(row["win_rate"], "{:.1%}"),
+                text_of(row["ours_minus_method"], "{:+.1%}"),
+            ]
+        lines.append([method, f"{chosen[method, JUDGES[0]]['reach']:.2f}", *cells])
+    header = ["method", "largest KL"]
+    for judge in JUDGES:
+        header += [f"win rate, {judge} reward", f"{OURS} minus method"]
+    return table(header, lines)
+
+
+def figure(experiment: Experiment, records: Sequence[Record], path: Path) -> Path:
+    """Draw win rate against KL for every method under the exact frontier."""
+    procedures = [p for p in SHOWN if p in experiment.measured]
+    drawn = {p: curves(records, "training", p) for p in procedures}
+    end = 1.05 * max(curve.reach for curve in drawn[procedures[0]].values())
+    kls = (end * np.linspace(0.02, 1, 40) ** 2).tolist()
+    # the points of a method are joined; the frontier alone comes from the theory
+    rows = [r for r in frontier_rows(procedures, kls) if r["transformation"] == "optimal"]
+    made = plots.frontier_figure(rows, (), f"{experiment.task}: win rate at the KL paid for it")
+    for axis, procedure in zip(made.axes, procedures, strict=True):
+        for number, (method, curve) in enumerate(drawn[procedure].items()):
+            order = np.argsort(curve.kls.mean(axis=1))
+            axis.plot(
+                [0, *curve.kls.mean(axis=1)[order]],
+                [50, *100 * curve.win_rates.mean(axis=1)[order]],
+                marker=plots.MARKERS[number % len(plots.MARKERS)],
+                color=plots.COLOURS[number % len(plots.COLOURS)],
+                linestyle=plots.DASHES[number // len(plots.COLOURS)],
+                label=method,
+            )
+    made.legends.clear()
+    handles, labels = made.axes[0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="outside lower center", ncols=6)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=100)
+    return path

@@ -1,0 +1,104 @@
+"""Does training for best-of-N win when the model is used through best-of-N? At equal KL.
+
+    python benchmarks/headline.py recipes/configs/headline_harmless.yaml --model MODEL --quick
+    python benchmarks/headline.py recipes/configs/headline_harmless.yaml --model MODEL --only main
+
+Trains two reward models, draws from the reference policy, and trains and measures one policy a cell
+(method, strength, seed), all under `--runs`. A finished cell is never run again: stop it when you
+like, and start it again. Each finished cell adds to `results/headline.csv`, to the comparison in
+`results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what is not;
+`--table` writes the results again without running anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from experiment.cells import RECORD, Bench
+from experiment.results import cell_rows, comparison, equal_kl_rows, figure, flat
+from experiment.settings import Cell, read_experiment
+from recording import RESULTS, circumstances, merge_rows
+
+from ctrl_dpo.data.folders import read_record
+
+_CELL = ("task", "ablation", "method", "strength", "seed", "changes", "n_train", "n_draws")
+_POINT = ("task", "n_train", "n_prompts", "n_draws", "judge", "procedure", "kl", "method")
+
+
+def finished(bench: Bench) -> list[dict[str, Any]]:
+    """Return the records of the experiment's finished cells."""
+    folders = [bench.folder / "cells" / cell.name for cell in bench.experiment.cells()]
+    done = [path for path in folders if read_record(path).get("complete")]
+    return [json.loads((path / RECORD).read_text(encoding="utf-8")) for path in done]
+
+
+def write_results(bench: Bench) -> str:
+    """Write rows, comparison and figure of what is finished; return the tables."""
+    experiment, records = bench.experiment, finished(bench)
+    if not records:
+        return "no cell is finished"
+    merge_rows("headline", cell_rows(experiment.task, records), _CELL)
+    rows = equal_kl_rows(experiment, records)
+    merge_rows("headline_equal_kl", flat(rows, circumstances()), _POINT)
+    picture = figure(experiment, records, RESULTS / f"headline_{bench.folder.name}.png")
+    parts = [
+        f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
+        for kl in experiment.kls
+    ]
+    return "\n\n".join([*parts, str(picture)])
+
+
+def run_cell(bench: Bench, cell: Cell) -> bool:
+    """Run one cell and say what came out; what cannot be run is said too, and left open."""
+    start = time.perf_counter()
+    try:
+        record = bench.run(cell)["training"]
+    except (ValueError, FloatingPointError) as error:
+        print(f"{cell.name}: not run: {error}", flush=True)
+        return False
+    procedure = bench.experiment.procedure
+    rate, kl = record["win_rates"][procedure]["value"], record["kl"]["value"]
+    seconds = time.perf_counter() - start
+    print(f"{cell.name}: KL {kl:.3f}, {procedure} {rate:.3f}, {seconds:.0f} s", flush=True)
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--model", default="runs/quickstart/model")
+    parser.add_argument("--runs", type=Path, default=Path("runs/headline"))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="ablation to run: main, anchor, ...; all by default")
+    parser.add_argument("--methods", nargs="*", help="only these methods")
+    parser.add_argument("--limit", type=int, help="stop after so many new cells")
+    parser.add_argument("--list", action="store_true", help="only say what is done")
+    parser.add_argument("--table", action="store_true", help="only write the results")
+    args = parser.parse_args()
+    experiment = read_experiment(args.experiment, args.quick)
+    name = f"{experiment.task}_quick" if args.quick else experiment.task
+    bench = Bench(experiment, args.model, args.runs, name)
+    chosen = [
+        cell
+        for cell in experiment.cells()
+        if args.only in (None, cell.ablation) and (not args.methods or cell.method in args.methods)
+    ]
+    folders = {cell: bench.folder / "cells" / cell.name for cell in chosen}
+    left = [c for c, path in folders.items() if not read_record(path).get("complete")]
+    print(f"{name}: {len(chosen) - len(left)} of {len(chosen)} cells done", flush=True)
+    if args.list:
+        print("".join(f"{'open' if c in left else 'done'} {c.name}\n" for c in chosen), end="")
+        return
+    for cell in itertools.islice(left, 0 if args.table else args.limit):
+        if run_cell(bench, cell):
+            write_results(bench)
+    print(write_results(bench))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The headline experiment on the tiny model: labels, cells that run once, the reward recipe."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+import ctrl_dpo
+from ctrl_dpo.score import score
+
+RECIPES = Path(ctrl_dpo.__file__).parent.parent / "recipes"
+
+REWARD = """
+def vowels(prompts, responses):
+    return [sum(map(r.lower().count, "aeiou")) / (len(r) + 1) for r in responses]
+
+def length(prompts, responses):
+    return [len(r) / 100 for r in responses]
+"""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Put benchmarks and a reward on the path."""
+    folder = tmp_path_factory.mktemp("headline")
+    (folder / "rewards_of_headline.py").write_text(REWARD)
+    added = [str(RECIPES.parent / "benchmarks"), str(folder)]
+    sys.path[:0] = added
+    yield folder
+    for entry in added:
+        sys.path.remove(entry)
+
+
+@pytest.fixture(scope="module")
+def experiment(parts):
+    from experiment.settings import read_experiment
+
+    rows = [{"prompt": [{"role": "user", "content": f"question {i}"}]} for i in range(10)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (parts / "prompts.jsonl").write_text(text)
+    return dataclasses.replace(
+        read_experiment(RECIPES / "configs" / "headline_harmless.yaml", quick=True),
+        prompts=str(parts / "prompts.jsonl"),
+        n_train=6,
+        n_held_out=4,
+        max_new_tokens=6,
+        draws=5,
+        held_out_draws=8,
+        lora_r=4,
+        measured=("single_draw", "worst_of_4"),
+        kls=(1e-4,),
+        training={"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 3},
+        strengths={"optimal": (1.0,), "bonbon": (2.0,)},
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(parts, experiment, tiny_model_folder):
+    from experiment.cells import Bench
+
+    class FunctionBench(Bench):
+        def reward_models(self):
+            return {
+                "training": "rewards_of_headline:vowels",
+                "judging": "rewards_of_headline:length",
+            }
+
+    return FunctionBench(experiment, str(tiny_model_folder), parts / "runs", "harmless_tiny")
+
+
+def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tmp_path):
+    import headline
+
+    monkeypatch.setattr("recording.RESULTS", tmp_path)
+    monkeypatch.setattr("headline.RESULTS", tmp_path)
+    cells = list(experiment.cells())
+    first = [bench.run(cell) for cell in cells]
+    drawn = bench.folder / "reference_train_5" / "stage.json"
+    before = drawn.stat().st_mtime_ns
+    # a second run reads what is there: it could not draw or train without these
+    monkeypatch.setattr("experiment.cells.load_policy", None)
+    assert [bench.run(cell) for cell in cells] == first
+    assert drawn.stat().st_mtime_ns == before
+    for record in first:
+        assert np.isfinite(record["training"]["kl"]["value"])
+        assert record["training"]["kl"] == record["judging"]["kl"]
+        assert record["training"]["rewards"] != record["judging"]["rewards"]
+        assert record["training"]["n_draws"] == 32
+    page = headline.write_results(bench)
+    assert "| bonbon " in page
+    assert headline.write_results(bench) == page
+    rows = list(csv.DictReader((tmp_path / "headline.csv").read_text().splitlines()))
+    assert sorted(row["method"] for row in rows) == ["bonbon", "optimal"]
+    assert float(rows[0]["kl"]) == round(first[1]["training"]["kl"]["value"], 4)
+    assert len((tmp_path / "headline_equal_kl.csv").read_text().splitlines()) == 9
+    assert (tmp_path / "headline_harmless_tiny.png").stat().st_size > 10_000
+
+
+def test_a_finished_cell_is_not_mistaken_for_one_of_other_settings(bench, experiment):
+    cell = next(experiment.cells())
+    bench.run(cell)
+    other = type(bench)(
+        dataclasses.replace(experiment, lora_r=2), bench.model, bench.runs, "harmless_tiny"
+    )
+    with pytest.raises(ValueError, match=r"settings.lora_r is 4, not 2"):
+        other.run(cell)
+
+
+def groups(k: int = 5, n: int = 40) -> Dataset:
+    rng = np.random.default_rng(0)
+    return Dataset.from_dict(
+        {
+            "prompt": [f"question {i}" for i in range(n)],
+            "responses": [[f"answer {j}" for j in range(k)] for _ in range(n)],
+            "rewards": rng.normal(size=(n, k)).tolist(),
+        }
+    )
+
+
+def test_every_method_labels_what_its_loss_needs(parts, experiment):
+    from experiment.methods import METHODS
+
+    strengths = {"best_of_k": 2.0, "bonbon": 3.0}
+    jobs = {
+        name: make(groups(), strengths.get(name, 0.25), experiment)
+        for name, make in METHODS.items()
+    }
+    assert {name for name, job in jobs.items() if "margin" in job.data.column_names} == {
+        "dpo",
+        "ipo",
+        "bonbon",
+        "best_of_k",
+    }
+    assert jobs["best_of_k"].config["learning_rate"] == pytest.approx(2e-2)
+    assert {name for name, job in jobs.items() if job.config.get("anchor")} == {
+        "qrpo_log",
+        "qrpo_identity",
+    }
+    assert set(jobs["exponential"].data["transformation"]) == {"exponential:-10.0"}
+
+
+def test_raw_targets_are_rewards_in_units_of_their_spread_over_beta(parts, experiment):
+    """The spread is pooled over prompts, so a prompt with twice the spread has twice the margin."""
+    from experiment.methods import METHODS, reward_spread
+
+    data = groups()
+    rewards = np.array(data["rewards"])
+    assert reward_spread(data) == pytest.approx(np.sqrt(rewards.var(axis=1, ddof=1).mean()))
+    whole = dataclasses.replace(experiment, extremes=None)
+    made = METHODS["rebel"](data, 0.5, whole).data
+    np.testing.assert_allclose(made["transformed_rewards"], rewards / reward_spread(data))
+    assert set(made["beta"]) == {0.5}
+
+
+def test_the_margin_of_bonbon_is_that_of_best_of_n(parts, experiment):
+    """log of best-of-3's density, 2 log u, best against worst of 5 uniforms: by simulation."""
+    from experiment.methods import bonbon
+
+    draws = np.log(np.random.default_rng(1).random((200_000, 5)))
+    gap = 2 * (draws.max(axis=1) - draws.min(axis=1))
+    beta = bonbon(groups(), 3.0, experiment).config["beta"]
+    assert 0.5 / beta == pytest.approx(gap.mean(), abs=5 * gap.std() / np.sqrt(gap.size))
+
+
+def test_best_response_losses_are_what_they_say(parts, monkeypatch):
+    """Two groups of two: -log pi(best), alone and mixed with (delta - 1/(2 beta))^2."""
+    from experiment import methods
+
+    logps = torch.tensor([-3.0, -5.0, -2.0, -7.0])
+    monkeypatch.setattr(methods, "response_logps", lambda model, inputs: logps)
+    inputs = {
+        "group_of": torch.tensor([0, 0, 1, 1]),
+        "slot_of": torch.tensor([0, 1, 0, 1]),
+        "targets": torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        "reference_logps": torch.tensor([-4.0, -4.0, -3.0, -5.0]),
+    }
+    for trainer, share in ((methods.BestResponseTrainer, 1.0), (methods.BonbonTrainer, 0.005)):
+        made = trainer.__new__(trainer)
+        made.beta = 0.25
+        # log-ratios (1, -1) and (1, -2): differences best minus worst 2 and -3, aim 2
+        expected = share * (3 + 7) / 2 + (1 - share) * (0 + 25) / 2
+        assert made.compute_loss(None, inputs).item() == pytest.approx(expected)
+
+
+def test_the_reward_recipe_learns_and_scores(parts, tiny_model_folder, monkeypatch, capsys):
+    """Chosen responses hold an `a`, rejected ones a `z`: learned from one half of 64 dialogues."""
+    rows = [
+        {
+            "chosen": f"\n\nHuman: question {i}\n\nAssistant: {'a' * (2 + i % 3)}",
+            "rejected": f"\n\nHuman: question {i}\n\nAssistant: {'z' * (2 + i % 3)}",
+        }
+        for i in range(64)
+    ]
+    pairs, output = parts / "pairs.jsonl", parts / "reward"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["recipe", str(tiny_model_folder), str(pairs), "--output", str(output)]
+    words += ["--epochs", "6", "--learning-rate", "1e-2", "--layers", "1", "--short-template"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(RECIPES / "train_reward_model.py"), run_name="__main__")
+    assert "held-out pairs ranked right" in capsys.readouterr().out
+    measured = json.loads((output / "reward_model.json").read_text())
+    assert measured["train_pairs"] + measured["held_out_pairs"] == 64
+    assert measured["accuracy"] == 1.0
+    asked = [{"role": "user", "content": "question 99"}]
+    found = score(Dataset.from_list([{"prompt": asked, "responses": ["aaa", "zzz"]}]), str(output))
+    assert found["rewards"][0][0] > found["rewards"][0][1]
