@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from ctrl_dpo.config import CTRLDPOConfig
+from ctrl_dpo.data.disk import exclusive
+from ctrl_dpo.data.folders import StageFolder, content_hash
+from ctrl_dpo.data.hashes import model_hash
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -100,6 +104,34 @@ def parse_arguments(
     parser = HfArgumentParser((AdapterArguments, CTRLDPOConfig), prog="ctrl-dpo train")
     adapter, training = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     return adapter, training
+
+
+@contextmanager
+def open_run(
+    adapter: AdapterArguments, args: CTRLDPOConfig, model: str, data: str
+) -> Iterator[StageFolder]:
+    """Hold the output folder of a run, new or begun by the same settings, model and data.
+
+    Parameters
+    ----------
+    adapter : AdapterArguments
+        From :func:`parse_arguments`.
+    args : CTRLDPOConfig
+        Its ``allow_changed`` also continues what other settings began.
+    model, data : str
+        Folder, file or hub name.
+
+    Yields
+    ------
+    StageFolder
+        Locked: no other process trains into it.
+    """
+    free = {"output_dir", "run_name", "reference_cache", "allow_changed", "resume_from_checkpoint"}
+    settings = {k: v for k, v in args.to_dict().items() if k not in free} | vars(adapter)
+    inputs = {"model": model_hash(model), "data": content_hash(data)}
+    with exclusive(args.output_dir):
+        folder = StageFolder(Path(args.output_dir), "train", settings, inputs, n_shards=0)
+        yield folder.open(allow_changed=args.allow_changed)
 
 
 def _fields(cls: type) -> Iterable[dataclasses.Field[Any]]:

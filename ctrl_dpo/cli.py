@@ -75,22 +75,25 @@ def train(
     data: Annotated[str, typer.Argument(help="Relabelled groups or pairs; scored groups.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
 ) -> None:
-    """Fit the policy offline. Every setting of the YAML file can be given as --key value."""
-    from ctrl_dpo.arguments import parse_arguments
-    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows
-    from ctrl_dpo.data.hashes import model_hash
+    """Fit the policy offline. Every setting of the YAML file can be given as --key value.
+
+    The same command again goes on from the newest complete checkpoint. SIGTERM and Ctrl-C save one
+    first, and exit with 143 and 130.
+    """
+    from ctrl_dpo.arguments import open_run, parse_arguments
+    from ctrl_dpo.data.folders import read_rows
+    from ctrl_dpo.engine.checkpoints import list_checkpoints
     from ctrl_dpo.train import CTRLDPOTrainer
 
     adapter, args = parse_arguments(config, context.args)
-    places = {"output_dir", "run_name", "logging_dir", "reference_cache"}
-    settings = {k: v for k, v in args.to_dict().items() if k not in places} | vars(adapter)
-    inputs = {"model": model_hash(model), "data": content_hash(data)}
-    folder = StageFolder(Path(args.output_dir), "train", settings, inputs, n_shards=0)
-    if not folder.open().is_complete:
-        trainer = CTRLDPOTrainer(model, args, read_rows(data), peft_config=adapter.peft_config())
-        metrics = trainer.train().metrics
-        trainer.save_model()
-        folder.finish(trainer.data_counts | metrics)
+    with open_run(adapter, args, model, data) as folder:
+        if not folder.is_complete:
+            lora = adapter.peft_config()
+            trainer = CTRLDPOTrainer(model, args, read_rows(data), peft_config=lora)
+            found = bool(list_checkpoints(folder.path))
+            result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or found)
+            trainer.save_model()
+            folder.finish(trainer.data_counts | result.metrics)
     finished(folder.path)
 
 
@@ -184,10 +187,10 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for the model.")]) ->
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line and exit code 2, not a traceback."""
+    """Run the command line; what a user can mend is one line and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
+    except (ValueError, TypeError, ImportError, OSError, FloatingPointError) as error:
         if os.environ.get("CTRL_DPO_DEBUG"):
             raise
         typer.echo(f"error: {error}", err=True)

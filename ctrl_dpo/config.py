@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,9 @@ class CTRLDPOConfig(TrainingArguments):
         "CTRL_DPO_CACHE or the cache folder of Hugging Face.",
         None,
     )
+    allow_changed: bool = _doc(
+        "Resume a checkpoint of a run with other settings, data, model or versions.", False
+    )
 
     # what differs from transformers' own defaults, and why
     learning_rate: float = _doc("Step size of the optimiser; this default suits LoRA.", 2e-4)
@@ -85,7 +89,7 @@ class CTRLDPOConfig(TrainingArguments):
         for name in ("max_prompt_length", "max_response_length"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        check_positive("learning_rate", self.learning_rate)
+        self._check_numbers()
         if self.procedure is not None:
             self.procedure = str(parse_procedure(self.procedure))
         self._check_conflicts()
@@ -96,6 +100,16 @@ class CTRLDPOConfig(TrainingArguments):
             self.dataloader_pin_memory = False
         super().__post_init__()
 
+    def _check_numbers(self) -> None:
+        if not check_positive("learning_rate", self.learning_rate) <= 1:
+            raise ValueError(
+                f"learning_rate must be <= 1; got {self.learning_rate!r}. An Adam step moves every "
+                "weight by about that much; 2e-4 suits LoRA."
+            )
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isnan(value):
+                raise ValueError(f"{name} must be a number; got nan.")
+
     def _check_conflicts(self) -> None:
         if self.anchor < 0:
             raise ValueError(f"anchor must be >= 0; got {self.anchor!r}.")
@@ -104,6 +118,11 @@ class CTRLDPOConfig(TrainingArguments):
         if self.beta is not None and self.target_kl is not None:
             raise ValueError(
                 f"beta and target_kl exclude each other; got {self.beta!r} and {self.target_kl!r}."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint must be False; got True. SIGTERM and SIGINT save a complete "
+                "checkpoint without it."
             )
         if self.loss in HARD_LABEL_LOSSES and self.beta is None:
             raise ValueError(f"beta must be given for loss={self.loss!r}; got None. Try 0.1.")

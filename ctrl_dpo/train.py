@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer
 
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.batches import collate
@@ -21,7 +19,9 @@ from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics
 from ctrl_dpo.engine.models import load_model, load_tokenizer
 from ctrl_dpo.engine.provenance import check_provenance
 from ctrl_dpo.engine.reference import add_reference_logps
+from ctrl_dpo.engine.resumable import ResumableTrainer
 from ctrl_dpo.engine.rows import labelled, resolve_beta, training_rows, warn_of_overlap
+from ctrl_dpo.engine.run_identity import origin
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class CTRLDPOTrainer(Trainer):
+class CTRLDPOTrainer(ResumableTrainer):
     r"""Fit a policy offline to the optimal log-ratios of an inference-time procedure.
 
     .. math:: \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)} = \frac{\Phi(C(x, y))}{\beta} - \log Z
@@ -88,6 +88,8 @@ class CTRLDPOTrainer(Trainer):
             model = load_model(name, dtype=args.model_dtype, load_in_8bit=args.load_in_8bit)
         identity = model_identity(ref_model or model, None if ref_model is not None else name)
         check_provenance(data, identity, tokenizer)
+        own = identity if ref_model is None else model_identity(model, name)
+        facts = {"model": own, "reference_model": identity, "beta": self.beta, **origin(data)}
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -96,8 +98,9 @@ class CTRLDPOTrainer(Trainer):
         check_model(model, ref_model)
         self._add_reference_logps(ref_model or model, identity, args, [rows, eval_rows or []])
         self._is_fresh = peft_config is not None or ref_model is not None
-        self._means = {"train": RunningMeans(), "eval": RunningMeans()}
         super().__init__(
+            facts=facts,
+            means={"train": RunningMeans(), "eval": RunningMeans()},
             model=model,
             args=args,
             train_dataset=rows,
@@ -142,7 +145,7 @@ class CTRLDPOTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Make one forward and backward pass; stop at the first loss that is not finite."""
+        """Make one forward and backward pass; before the first, compare with the reference."""
         if self.state.global_step == 0 and self._is_fresh:
             self._is_fresh = False
             model.train()
@@ -150,11 +153,6 @@ class CTRLDPOTrainer(Trainer):
                 logps = response_logps(model, self._prepare_inputs(inputs))
             check_step_zero(logps.cpu() - inputs["reference_logps"].cpu(), self.model.dtype)
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"loss must be finite; got {loss.item()!r} at step {self.state.global_step}. Lower "
-                "learning_rate, or set max_grad_norm."
-            )
         return loss
 
     def prediction_step(
@@ -166,14 +164,9 @@ class CTRLDPOTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the collected metrics to a log row, and keep the row in ``metrics.jsonl``."""
+        """Add the collected metrics to a log row."""
         for part, prefix in (("train", ""), ("eval", "eval_")):
             if f"{prefix}loss" in logs:
                 means = self._means[part].means()
                 logs |= {f"{prefix}{name}": value for name, value in means.items()}
         super().log(logs, *args, **kwargs)
-        if self.is_world_process_zero():
-            path = Path(self.args.output_dir) / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")

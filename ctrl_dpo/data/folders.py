@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctrl_dpo.data.disk import flush
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -24,6 +26,7 @@ _PACKAGES = (
     "ctrl-dpo",
     "torch",
     "transformers",
+    "accelerate",
     "datasets",
     "peft",
     "bitsandbytes",
@@ -68,8 +71,13 @@ class StageFolder:
     inputs: dict[str, str] = field(default_factory=dict)
     n_shards: int = 1
 
-    def open(self) -> StageFolder:
+    def open(self, allow_changed: bool = False) -> StageFolder:
         """Create the folder, or continue it when the same settings and inputs made it.
+
+        Parameters
+        ----------
+        allow_changed : bool
+            Also continue what other settings or inputs began; the record is then of these.
 
         Returns
         -------
@@ -83,10 +91,10 @@ class StageFolder:
         """
         self.path = Path(self.path)
         record_path = self.path / RECORD
-        if record_path.exists() and self._holds_work():
+        if record_path.exists() and self._holds_work() and not allow_changed:
             self._check_same_run(json.loads(record_path.read_text(encoding="utf-8")))
             return self
-        if not record_path.exists() and self.path.exists() and any(self.path.iterdir()):
+        if not record_path.exists() and self._files():
             raise ValueError(
                 f"output must be a new folder or one of this run; got {str(self.path)!r}, which "
                 f"holds files but no {RECORD}. Name another folder."
@@ -97,8 +105,12 @@ class StageFolder:
 
     def _holds_work(self) -> bool:
         """Tell whether there is more than the record of a stage that failed at once."""
-        files = [path for path in self.path.rglob("*") if path.is_file()]
-        return self.is_complete or any(path.name != RECORD for path in files)
+        return self.is_complete or any(path.name != RECORD for path in self._files())
+
+    def _files(self) -> list[Path]:
+        """List the files that are neither a lock nor a part of a file."""
+        found = (path for path in self.path.rglob("*") if path.is_file())
+        return [path for path in found if not path.name.startswith(".")]
 
     def _check_same_run(self, record: Mapping[str, Any]) -> None:
         """Raise unless the record on disk has this stage, settings, inputs and shard count."""
@@ -146,7 +158,7 @@ class StageFolder:
         target = self.shard_path(index)
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
         rows.to_parquet(str(scratch))
-        _flush(scratch)
+        flush(scratch)
         scratch.replace(target)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -304,14 +316,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that readers see the old or the new one, never a part."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_bytes(data)
-    _flush(scratch)
+    flush(scratch)
     scratch.replace(path)
-
-
-def _flush(path: Path) -> None:
-    """Force a file to disk before it is renamed into place."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def run_once(folder: StageFolder, make: Callable[[], tuple[Dataset, Mapping[str, Any]]]) -> bool:

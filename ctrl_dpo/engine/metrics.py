@@ -83,3 +83,11 @@ class RunningMeans:
         }
         self._sums = {}
         return values
+
+    def state_dict(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the sums, for a checkpoint between two logs."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Go on from a checkpoint's sums."""
+        self._sums = dict(state)
