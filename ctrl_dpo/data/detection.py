@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ctrl_dpo._validation import check_choice, check_columns
 from ctrl_dpo.data import columns as names
 from ctrl_dpo.data.layout_rows import LAYOUTS
+from ctrl_dpo.data.messages import is_messages
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,3 +81,19 @@ def renamed(dataset: Dataset, columns: Mapping[str, str]) -> Dataset:
     clashes = [n for n in columns if n in dataset.column_names and n not in columns.values()]
     dataset = dataset.remove_columns(clashes)
     return dataset.rename_columns({v: k for k, v in columns.items() if k != v})
+
+
+def check_one_kind(dataset: Dataset) -> None:
+    """Raise where one of the columns of texts or conversations holds both."""
+    for name in {names.PROMPT, names.CHOSEN, names.REJECTED}.intersection(dataset.column_names):
+        if type(dataset.features[name]).__name__ != "Json":
+            continue
+        first: dict[str, int] = {}
+        for row, value in enumerate(dataset[name]):
+            if value is not None:
+                first.setdefault("messages" if is_messages(value) else "text", row)
+        if len(first) > 1:
+            raise ValueError(
+                f"column {name!r} must be of one type in all rows; got text at row "
+                f"{first['text']} and messages at row {first['messages']}. Convert one."
+            )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctrl_dpo.data.disk import flush
+from ctrl_dpo.data.files import read_file, read_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +34,6 @@ _PACKAGES = (
     "numpy",
     "scipy",
 )
-_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 def installed_versions() -> dict[str, str]:
@@ -209,39 +209,14 @@ def read_rows(source: str | Path) -> Dataset:
             )
         return read_shards(path)
     if path.is_file():
-        suffix = next((s for s in reversed(path.suffixes) if s in _BUILDERS), None)
-        if suffix is None:
-            raise ValueError(
-                f"data file must end in one of {sorted(_BUILDERS)}; got {path.name!r}. Convert it."
-            )
-        return datasets.load_dataset(_BUILDERS[suffix], data_files=str(path), split="train")
+        return read_file(path)
     if path.is_dir() or "/" not in str(source) or path.is_absolute() or len(path.parts) > 2:
         if not path.is_dir():
             raise ValueError(
                 f"data must be a file, a folder or a hub name; got {str(source)!r}: no such file."
             )
-        return _read_folder(path)
+        return read_folder(path)
     return datasets.load_dataset(str(source), split="train")
-
-
-def _read_folder(path: Path) -> Dataset:
-    """Read a folder of data files, naming the one whose columns differ from the others'."""
-    import datasets
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        return datasets.load_dataset(str(path), split="train")
-    except DatasetGenerationError as error:
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _BUILDERS)
-        types = {file: read_rows(file).features for file in files}
-        for file, features in types.items():
-            for name, first in types[files[0]].items():
-                if features.get(name) != first:
-                    raise ValueError(
-                        f"column {name!r} must be of one type in all files; got {first} in "
-                        f"{files[0].name!r} and {features.get(name)} in {file.name!r}. Convert one."
-                    ) from error
-        raise
 
 
 def read_shards(path: Path) -> Dataset:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ctrl_dpo._validation import check_choice, check_columns
-from ctrl_dpo.data.detection import PAIRED, PASSED, detected_layout, renamed
+from ctrl_dpo.data.detection import PAIRED, PASSED, check_one_kind, detected_layout, renamed
 from ctrl_dpo.data.layout_report import LayoutReport, suspect_completions
 from ctrl_dpo.data.layout_rows import (
     FLOATS,
@@ -196,7 +196,11 @@ def _read_rows(
     from datasets import Features, List, Value, concatenate_datasets
 
     options = {"with_indices": True, "remove_columns": dataset.column_names, **map_options}
-    canonical = report.layout == _CANONICAL
+    # columns of several types are held as JSON text, which only datasets can read back
+    typed = "Json" not in str(dataset.features)
+    canonical = report.layout == _CANONICAL and typed
+    if not typed:
+        check_one_kind(dataset)
     # a type inferred from the first rows fails where those have no reward and later ones do
     types = Features({REASON: Value("string"), **{n: List(Value("float64")) for n in FLOATS}})
     judge = {"features": types, "desc": f"check {report.layout}", **options}

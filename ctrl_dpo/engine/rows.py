@@ -168,7 +168,8 @@ def training_rows(
         )
     counts = {"rows": len(dataset), "dropped_single_response": dropped}
     counts |= {"dropped_cut_alike": cut_alike} | count_tokens(tokenised)
-    logger.info("training rows: %s", counts)
+    lost = dropped + cut_alike
+    logger.log(logging.WARNING if lost else logging.INFO, "training rows: %s", counts)
     return rows, counts
 
 

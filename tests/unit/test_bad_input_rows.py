@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import decimal
+import gzip
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from ctrl_dpo.data.layouts import read_groups
 from ctrl_dpo.data.messages import check_text
 from ctrl_dpo.data.token_groups import count_tokens
 from ctrl_dpo.data.tokens import tokenize_group
+from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.relabel import count_pairs
 from ctrl_dpo.sample import Sampler, sample
 
@@ -57,6 +59,18 @@ def trainer(tmp_path, data: Dataset, **options) -> CTRLDPOTrainer:
 
 def test_01_empty_dataset():
     refused(Dataset.from_dict({"prompt": []}), "at least one row; got 0")
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.jsonl.gz"])
+def test_01_empty_and_broken_files_are_named(name, tmp_path):
+    pack = gzip.compress if name.endswith("gz") else bytes
+    (tmp_path / name).write_bytes(pack(b""))
+    with pytest.raises(ValueError, match=f"dataset must have at least one row; got 0 in '{name}'"):
+        read_rows(tmp_path / name)
+    if "json" in name:
+        (tmp_path / f"broken_{name}").write_bytes(pack(b'{"prompt": "a"}\n{"prompt": b}\n'))
+        with pytest.raises(ValueError, match=f"data file must be json; got 'broken_{name}', of wh"):
+            read_rows(tmp_path / f"broken_{name}")
 
 
 def test_02_missing_column_lists_columns_and_nearest_layout():
@@ -171,11 +185,15 @@ def test_16_17_rewards_that_are_not_finite(value):
     dropped(dataset(rewards=[1.0, value]), "rewards must be finite")
 
 
-def test_18_rewards_as_text():
+def test_18_rewards_as_text(tmp_path):
     data = [{"instruction": f"{i}", "generations": ["a", "b"], "ratings": ["4", "5"]} for i in "xy"]
     assert to_groups(Dataset.from_list(data))["rewards"][:] == [[4.0, 5.0]] * 2
     data[1]["ratings"] = ["4", "N/A"]
     refused(Dataset.from_list(data), "row 1: ratings must be a number; got 'N/A' at response 1")
+    # text in one row only, which the reader of the file holds as JSON
+    rows = [GROUP, GROUP | {"prompt": "Ho", "rewards": ["3", 4]}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert to_groups(read_rows(tmp_path / "rows.jsonl"))["rewards"][:] == [[1.0, 2.0], [3.0, 4.0]]
 
 
 def test_19_lists_of_different_lengths():
@@ -271,6 +289,9 @@ def test_31_columns_of_two_types_name_the_file(tmp_path):
     message = "column 'prompt' must be of one type in all files; .* in 'a.jsonl' .* in 'b.jsonl'"
     with pytest.raises(ValueError, match=message):
         read_rows(tmp_path)
+    (tmp_path / "b.jsonl").write_text(json.dumps(GROUP) + "\n" + json.dumps(chat) + "\n")
+    with pytest.raises(ValueError, match="'prompt' must be .*; got text at row 0 and messages at "):
+        to_groups(read_rows(tmp_path / "b.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -295,6 +316,14 @@ def test_34_a_pad_token_that_ends_responses_too():
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     assert tokenize_group(tokenizer, "x", ["a"]).response_ids[0][-1] == tokenizer.eos_token_id
+    rows = [
+        {"prompt_ids": group.prompt_ids, "response_ids": group.response_ids, "targets": [0.0, 0.0]}
+        for group in (tokenize_group(tokenizer, "x", texts) for texts in (["a", ""], ["abc", "b"]))
+    ]
+    batch = collate(rows)
+    # every response is asked for its end, although padding has the same id
+    assert batch["token_ids"].tolist().count(tokenizer.eos_token_id) == 4
+    assert (batch["segments"] == -1).any()
     tokenizer.pad_token = None
     assert tokenize_group(tokenizer, "x", ["a"]).response_ids[0][-1] == tokenizer.eos_token_id
 
