@@ -191,9 +191,7 @@ def _watched(equation: Equation, solution: Solution) -> FloatArray:
 
 def _panels_for(equation: Equation, start: Trajectory) -> Panels:
     """Return panels along a trajectory, extended until what lies outside is negligible."""
-    left, right = float(start.t[0]), float(start.t[-1])
-    while _mass_below(equation, start, left) > -_MARGIN and left > -_MARGIN:
-        left -= 1.0
+    left, right = _left_edge(equation, start), float(start.t[-1])
     top = float(start.log_density[-1])
     while True:
         complement = np.exp(-right)
@@ -213,6 +211,17 @@ def _panels_for(equation: Equation, start: Trajectory) -> Panels:
     return Panels(np.concatenate((*parts, [right])))
 
 
+def _left_edge(equation: Equation, start: Trajectory) -> float:
+    """Return a logit with next to no mass below it, but not far into a precipitous fall."""
+    left, step = float(start.t[0]), 1.0
+    while _mass_below(equation, start, left) > -_MARGIN and left > -_MARGIN:
+        # a polynomial cannot follow log p from -40 to -1e11, and its wiggles would have mass
+        while _mass_below(equation, start, left - step) < -2 * _MARGIN and step > 1e-9:
+            step /= 2
+        left -= step
+    return left
+
+
 def _mass_below(equation: Equation, start: Trajectory, t: float) -> float:
     """Return log of the policy's mass below a logit left of a trajectory, to first order."""
     return float(_log_density_left(equation, start.t[0], start.log_density[0], np.array(t)) + t)
@@ -222,9 +231,9 @@ def _log_density_left(
     equation: Equation, t0: float, log_density: float, t: FloatArray
 ) -> FloatArray:
     """Continue log p to the left of t0, where F is next to nothing: h'(F) = h'(0)."""
-    g = equation.against.distortion
     steepness = float(equation.procedure.density_at(0.0, 1.0)) / equation.beta
-    return np.asarray(log_density - steepness * (g(Points(np.array(t0)).u) - g(Points(t).u)))
+    fall = equation.against.rise(Points(t), Points(np.array(t0)))
+    return np.asarray(log_density - steepness * fall)
 
 
 def _interpolated(equation: Equation, start: Trajectory, panels: Panels) -> Solution:

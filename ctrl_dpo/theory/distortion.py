@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from ctrl_dpo._validation import check_finite
+from ctrl_dpo.theory.panels import Points
 
 FloatArray = NDArray[np.float64]
 
@@ -64,9 +65,7 @@ class Procedure(ABC):
         >>> BestOfN(2).distortion([0.0, 0.5, 1.0])
         array([0.  , 0.25, 1.  ])
         """
-        q = _check_probabilities(q)
-        total = sum(weight * _beta_cdf(k, n, q) for weight, k, n in self.order_statistics)
-        return np.asarray(total)[()]
+        return self._mixed(_check_probabilities(q))[()]
 
     def density(self, q: ArrayLike) -> FloatArray:
         """Return h'(q), the derivative of the distortion.
@@ -89,6 +88,20 @@ class Procedure(ABC):
         """
         q = _check_probabilities(q)
         return np.asarray(self.density_at(q, 1 - q))[()]
+
+    def rise(self, low: Points, high: Points) -> FloatArray:
+        """Return h(high) - h(low), accurate next to h = 0 and h = 1. Unchecked, for solvers."""
+        from_below = self._mixed(high.u) - self._mixed(low.u)
+        # the k-th best of n of negated rewards is the (n - k + 1)-th
+        above_low = self._mixed(low.complement, mirrored=True)
+        from_above = above_low - self._mixed(high.complement, mirrored=True)
+        return np.where(above_low < 0.5, from_above, from_below)
+
+    def _mixed(self, q: FloatArray, mirrored: bool = False) -> FloatArray:
+        """Return h(q), or 1 - h(1 - q)."""
+        parts = self.order_statistics
+        ranked = [(weight, n + 1 - k if mirrored else k, n) for weight, k, n in parts]
+        return np.asarray(sum(weight * _beta_cdf(k, n, q) for weight, k, n in ranked))
 
     def density_at(self, q: Any, complement: Any) -> Any:
         """Return h'(q) given both q and 1 - q, each accurate near zero. Unchecked, for solvers."""

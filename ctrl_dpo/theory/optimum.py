@@ -22,6 +22,10 @@ _FACTOR = 3.0  # between the betas of a continuation
 _LEFTMOST = -42.0  # logit below which the reference policy has mass 6e-19
 
 
+class NoOptimumError(ValueError):
+    """Newton's method found no stationary point: beta is too small for float64."""
+
+
 def optimal_policy(
     procedure: str | Procedure, beta: float, against: str | Procedure | None = None
 ) -> CalibratedPolicy:
@@ -109,7 +113,7 @@ def _optimal(procedure: Procedure, against: Procedure, beta: float) -> Calibrate
     solutions = _stationary(equation, ROUGH) or _stationary(equation, ROUGH**2)
     policies = [_as_policy(equation, each) for each in solutions or _continued(equation)]
     if not policies:
-        raise ValueError(
+        raise NoOptimumError(
             f"beta must allow an exact optimum; got {beta!r}, where Newton's method found none for "
             f"{procedure} against {against}. Use a larger beta."
         )
@@ -127,11 +131,14 @@ def _stationary(equation: Equation, tolerance: float) -> list[Solution]:
 
 def _continued(equation: Equation) -> list[Solution]:
     """Follow the optimum down from a larger beta, where shooting lacks the digits of log p(1)."""
-    larger = replace(equation, beta=_FACTOR * equation.beta)
-    while not (solutions := _stationary(larger, ROUGH)):
-        larger = replace(larger, beta=_FACTOR * larger.beta)
-        if larger.beta > 1.0:
+    factor, larger = _FACTOR, equation
+    while True:
+        larger = replace(larger, beta=min(factor * larger.beta, 1.0))
+        if solutions := _stationary(larger, ROUGH):
+            break
+        if larger.beta == 1.0:
             return []
+        factor *= factor  # a beta that is far too small must not cost hundreds of scans
     solution = min(solutions, key=lambda each: -_as_policy(larger, each).objective)
     while larger.beta > equation.beta * (1 + 1e-9):
         larger = replace(larger, beta=max(larger.beta / _FACTOR, equation.beta))
@@ -147,14 +154,13 @@ def _as_policy(equation: Equation, solution: Solution) -> CalibratedPolicy:
     edges = solution.panels.edges
     series = solution.panels.coefficients(solution.log_density)
     steepness = float(equation.procedure.density_at(0.0, 1.0)) / equation.beta
-    first = Points(np.asarray(edges[0])).u
-    g = equation.against.distortion
+    first = Points(np.asarray(edges[0]))
 
     def log_density(points: Points) -> FloatArray:
         inside = solution.panels.evaluate(series, np.clip(points.t, edges[0], edges[-1]))
         # below the first edge F is next to nothing, so the slope is h'(0) g'(u) / beta
-        fall = steepness * (g(first) - g(np.minimum(points.u, first)))
-        return np.asarray(inside - fall)
+        below = Points(np.minimum(points.t, edges[0]))
+        return np.asarray(inside - steepness * equation.against.rise(below, first))
 
     n_more = int(np.ceil(max(edges[0] - _LEFTMOST, 0.0) / 2.0))
     more = np.linspace(_LEFTMOST, edges[0], n_more, endpoint=False)

@@ -11,7 +11,7 @@ from scipy import optimize
 
 from ctrl_dpo._validation import check_positive
 from ctrl_dpo.theory.density import CalibratedPolicy, FloatArray, assemble, kl_of
-from ctrl_dpo.theory.optimum import SMALLEST_BETA, optimal_policy
+from ctrl_dpo.theory.optimum import SMALLEST_BETA, NoOptimumError, optimal_policy
 from ctrl_dpo.theory.panels import Points
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 from ctrl_dpo.theory.transformation import (
@@ -141,6 +141,11 @@ def match_kl(
     against = procedure if against is None else parse_procedure(against)
     budget = _budget(transformation, procedure, against)
     beta, reached = budget.nearest(kl)
+    if math.isnan(beta):
+        raise ValueError(
+            f"kl must be one whose optimum float64 can hold; got {kl!r} for {procedure} against "
+            f"{against}. Choose a smaller KL."
+        )
     if not _is_exact(reached, kl):
         sides = sorted(budget.kl_at(beta * side) for side in (1 - _SIDE, 1 + _SIDE))
         raise ValueError(
@@ -230,6 +235,13 @@ class _Budget:
     guess: float
 
     def nearest(self, kl: float) -> tuple[float, float]:
+        """Return the beta of a KL and the KL there, or NaN where no optimum could be solved."""
+        try:
+            return self._nearest(kl)
+        except NoOptimumError:
+            return math.nan, math.nan
+
+    def _nearest(self, kl: float) -> tuple[float, float]:
         """Return the beta of a KL and the KL there; it differs where no beta gives it."""
 
         def gap(log_beta: float) -> float:

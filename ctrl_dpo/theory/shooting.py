@@ -27,6 +27,7 @@ _LEFT = -14.0  # logit at which a trajectory that has not died out ends
 _DEAD = -32.0  # log of the mass left below u at which a trajectory ends
 _EXCESS = 0.1  # log of a total mass beyond which a trajectory is of no use
 _LARGE = 600.0
+_JUMP = 1e-2  # log mass mismatch that closing in cannot lower: the integrator missed a fall
 _SCAN = 49  # values of log p(1) tried where uniqueness is not proved
 
 
@@ -121,7 +122,12 @@ def stationary_starts(
     excess = [shoot(equation, log_top, tolerance).mismatch > 0 for log_top in grid[1:-1]]
     signs = np.array([False, *excess, True])
     brackets = np.flatnonzero(signs[1:] != signs[:-1])
-    return [_close_in(equation, grid[i], grid[i + 1], tolerance) for i in brackets]
+    starts = []
+    for i in brackets:
+        starts.append(_close_in(equation, grid[i], grid[i + 1], tolerance))
+        if not unique and abs(starts[-1].mismatch) > _JUMP:
+            return []  # for another try with a smaller tolerance
+    return starts
 
 
 def _close_in(equation: Equation, low: float, high: float, tolerance: float) -> Trajectory:

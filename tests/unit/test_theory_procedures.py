@@ -85,6 +85,7 @@ def test_served_draws_have_the_distorted_distribution(procedure):
         (lambda: Mixture([SingleDraw(), BestOfN(2)], [1.0]), "got"),
         (lambda: parse_procedure("best_of_x"), "procedure must be like .*; got 'best_of_x'"),
         (lambda: parse_procedure("0.5*single_draw+x"), "got '0.5.single_draw.x'"),
+        (lambda: parse_procedure("1e-*best_of_2+0.5*best_of_4"), "got '1e-.best_of_2"),
         (lambda: parse_procedure("best_of_0"), "got 0"),
         (lambda: BestOfN(2).distortion(1.5), r"q must lie in \[0, 1\]; got .*1.5"),
         (lambda: BestOfN(2).density([0.5, np.nan]), "q must be finite"),
