@@ -176,6 +176,6 @@ def test_rows_of_an_older_reading_do_not_come_back(tmp_path, monkeypatch):
 def test_every_row_of_the_harmless_half_is_read():
     groups, report = read_groups(read_rows(DATA))
     assert (report.layout, report.rows, report.groups, report.dropped) == ("hh", 1156, 1156, {})
-    assert report.counts["whitespace_only_responses"] == 4
+    assert report.counts["empty_responses"] == 4
     assert groups.column_names == ["prompt", "responses"]
     assert {prompt[-1]["role"] for prompt in groups["prompt"]} == {"user"}
