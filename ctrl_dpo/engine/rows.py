@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ctrl_dpo._validation import check_finite, check_positive
 from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.token_groups import TokenizedGroup, count_tokens
@@ -106,7 +107,7 @@ def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
                 "Relabel the data for it, or leave it out of the configuration."
             )
     if columns.BETA in dataset.column_names:
-        return float(dataset[0][columns.BETA])
+        return check_positive("beta", float(dataset[0][columns.BETA]))
     if config.beta is None:
         raise ValueError("beta must be given, since the dataset has no column 'beta'; got None.")
     return config.beta
@@ -139,11 +140,12 @@ def training_rows(
     Raises
     ------
     ValueError
-        If no row is left.
+        If a target is not finite, or no row is left.
     """
     rows, tokenised, dropped, cut_alike = [], [], 0, 0
-    for row in dataset:
+    for index, row in enumerate(dataset):
         group = _group(row, beta)
+        check_finite(f"targets of train_dataset's row {index}", group["targets"])
         if len(group["responses"]) < 2 and config.anchor == 0:
             dropped += 1  # a contrastive loss has nothing to compare
             continue

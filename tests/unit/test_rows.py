@@ -134,3 +134,24 @@ def test_one_beta_and_one_procedure(tmp_path):
         resolve_beta(mixed, config(tmp_path))
     with pytest.raises(ValueError, match="beta must be given, since the dataset has no column"):
         resolve_beta(made.remove_columns("beta"), config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": [float("nan")] * 2}, "beta must be finite and > 0; got nan"),
+        (
+            {"transformed_rewards": [[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0]]},
+            "targets of train_dataset's row 1 must be finite; got 1 non-finite of 3, first .*nan",
+        ),
+        (
+            {"response_ids": [[[5], [], [6]]] * 2, "finished": [[False] * 3] * 2},
+            "response must have at least one token; got none",
+        ),
+    ],
+)
+def test_numbers_that_would_spoil_the_first_step_are_refused(changes, message, tmp_path):
+    made = relabel(scored(), procedure="single_draw", beta=1.0)
+    data = Dataset.from_dict(made.to_dict() | changes)
+    with pytest.raises(ValueError, match=message):
+        rows_of(data, config(tmp_path))
