@@ -135,3 +135,21 @@ def test_a_stage_that_failed_at_once_leaves_its_folder_free(tmp_path):
     stage(tmp_path / "out").open()
     other = stage(tmp_path / "out", settings={"seed": 7}).open()
     assert read_record(other.path)["settings"] == {"seed": 7}
+
+
+def test_a_change_is_continued_where_it_is_allowed(tmp_path):
+    started = stage(tmp_path / "out").open()
+    started.write_shard(0, rows(1))
+    changed = stage(tmp_path / "out", settings={"seed": 2}).open(allow_changed=True)
+    assert changed.missing_shards() == [1]
+    assert read_record(tmp_path / "out")["settings"] == {"seed": 2}
+    with pytest.raises(ValueError, match="where settings.seed is 2, not 1"):
+        stage(tmp_path / "out").open()
+
+
+def test_locks_and_parts_of_files_are_no_work(tmp_path):
+    for name in (".lock", ".train-00000-of-00002.parquet.77"):
+        (tmp_path / name).write_text("")
+    stage(tmp_path).open()
+    stage(tmp_path, settings={"seed": 2}).open()
+    assert read_record(tmp_path)["settings"] == {"seed": 2}
