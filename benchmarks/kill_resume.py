@@ -26,8 +26,11 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         os.environ["CTRL_DPO_CACHE"] = str(Path(name) / "cache")
         model, data = write_inputs(Path(name))
-        rows = kills(Path(name), model, data, options.points, options.seed)
+        rows = []
+        for row in kills(Path(name), model, data, options.points, options.seed):
+            append_rows("kill_resume", [row])
+            rows.append(row)
+            print(row, flush=True)
     killed = [row for row in rows if row["killed"]]
     print(f"killed {len(killed)}, of these inside a save {sum(r['inside_a_save'] for r in killed)}")
     print(f"resumed {sum(r['resumed'] for r in killed)}, equal {sum(r['equal'] for r in killed)}")
-    print(append_rows("kill_resume", rows))

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,20 +40,17 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     return model, data
 
 
-def kills(folder: Path, model: Path, data: Path, points: int, seed: int) -> list[dict]:
+def kills(folder: Path, model: Path, data: Path, points: int, seed: int) -> Iterator[dict]:
     """Kill runs at seeded points, half by event and half by time."""
     events, seconds = count_events(model, data, folder / "whole", folder / "whole.log")
     expected = outcome(folder / "whole")
     draws = np.random.default_rng(seed)
-    found = []
     for number in range(points):
         if number % 2 == 0:
             point = {"event": int(draws.integers(1, events + 1))}
         else:
             point = {"seconds": float(draws.uniform(0, seconds))}
-        place = folder / f"killed-{number}"
-        found.append(kill_and_resume(point, expected, (model, data, place)))
-    return found
+        yield kill_and_resume(point, expected, (model, data, folder / f"killed-{number}"))
 
 
 def signals(folder: Path, model: Path, data: Path) -> list[dict]:
@@ -132,7 +130,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["CTRL_DPO_CACHE"] = str(options.folder / "cache")
     model, data = write_inputs(options.folder)
-    result = {"kills": kills(options.folder, model, data, options.points, options.seed)}
+    result = {"kills": list(kills(options.folder, model, data, options.points, options.seed))}
     result["signals"] = signals(options.folder, model, data)
     if options.ranks:
         result["ranks"] = ranks(options.folder)
