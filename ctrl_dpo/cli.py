@@ -6,15 +6,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from ctrl_dpo.commands.evaluation import EVALUATION, evaluate
 from ctrl_dpo.commands.labels import relabel, score
 from ctrl_dpo.commands.options import Output, Seed, finished
-
-EVALUATION = "evaluation.json"
-PROCEDURES = ["single_draw", "best_of_4", "worst_of_4"]
 
 app = typer.Typer(
     add_completion=False,
@@ -97,36 +95,7 @@ def train(
     finished(folder.path)
 
 
-@app.command()
-def evaluate(
-    policy: Annotated[str, typer.Option(help="Scored draws of the policy.")],
-    reference: Annotated[str, typer.Option(help="Scored draws of the reference policy.")],
-    output: Output,
-    name: Annotated[str, typer.Option(help="What tables and figures call the policy.")] = "policy",
-    procedure: Annotated[
-        list[str], typer.Option(help="Inference-time procedures to measure.")
-    ] = PROCEDURES,
-    against: Annotated[
-        str | None, typer.Option(help="Procedure of the reference policy, if another.")
-    ] = None,
-    seed: Seed = 0,
-) -> None:
-    """Measure win rates, KL and attainment from scored draws; no model is loaded."""
-    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, write_atomically
-    from ctrl_dpo.evaluate import evaluate as run
-
-    settings = {"name": name, "procedure": procedure, "against": against, "seed": seed}
-    inputs = {"policy": content_hash(policy), "reference": content_hash(reference)}
-    folder = StageFolder(output, "evaluate", settings, inputs, n_shards=0).open()
-    if not folder.is_complete:
-        options: dict[str, Any] = {"name": name, "procedures": procedure, "against": against}
-        record = run(read_rows(policy), read_rows(reference), seed=seed, **options)
-        record["sources"] = {"policy": policy, "reference": reference}
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(output / EVALUATION, text.encode("utf-8"))
-        rates = {f"win rate {p}": r["value"] for p, r in record["win_rates"].items()}
-        folder.finish(rates | ({} if record["kl"] is None else {"kl": record["kl"]["value"]}))
-    finished(output)
+app.command()(evaluate)
 
 
 @app.command()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctrl_dpo._validation import check_columns
 from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
+from ctrl_dpo.measures.draws import LENGTH, gather_draws
 from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
 from ctrl_dpo.measures.uniformity import CalibrationError, calibration_error
 from ctrl_dpo.measures.win_rates import (
@@ -35,8 +34,6 @@ __all__ = [
 ]
 
 PROCEDURES = ("single_draw", "best_of_4", "worst_of_4")
-_PER_DRAW = (REWARDS, POLICY_LOGPS, REFERENCE_LOGPS)
-_LENGTH = "length"
 
 
 def kl_divergence(
@@ -99,6 +96,7 @@ def evaluate(
     name: str = "policy",
     procedures: Sequence[str | Procedure] = PROCEDURES,
     against: str | Procedure | None = None,
+    columns: Mapping[str, str] | None = None,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -107,15 +105,17 @@ def evaluate(
     Parameters
     ----------
     policy, reference : iterable of mapping, for instance Dataset
-        Rows with ``prompt`` and ``rewards`` of fresh draws. ``response_ids`` of either give the
-        lengths; ``policy_logps`` and ``reference_logps`` of the policy's rows give the KL. Rows of
-        one prompt are taken together.
+        Rows with ``prompt`` and ``rewards`` of fresh draws, a list or one number.
+        ``response_ids`` or ``length`` of either give the lengths; ``policy_logps`` and
+        ``reference_logps`` of the policy's rows give the KL. Rows of one prompt are taken together.
     name : str
         What tables and figures call the policy.
     procedures : sequence of str or Procedure
         Inference-time procedures to measure.
     against : str or Procedure, optional
         Procedure on the reference side, where it is not the policy's.
+    columns : mapping of str to str, optional
+        Our name of a column to theirs, where both sides have others: ``{"rewards": "score"}``.
     confidence : float
         Nominal coverage of every interval, in (0, 1).
     seed : int
@@ -132,7 +132,7 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the two do not hold the same prompts.
+        If the two do not hold the same prompts, or a mapped column is not there.
 
     Examples
     --------
@@ -142,7 +142,7 @@ def evaluate(
     >>> [rates["value"] for rates in record["win_rates"].values()]
     [0.75, 1.0]
     """
-    mine, theirs = _draws(policy), _draws(reference)
+    mine, theirs = gather_draws(policy, columns), gather_draws(reference, columns)
     if mine.keys() != theirs.keys():
         raise ValueError(
             "policy and reference must hold the same prompts; got "
@@ -150,6 +150,12 @@ def evaluate(
             f"{len(theirs.keys() - mine.keys())} in reference only."
         )
     prompts = list(mine)
+    absent = sorted((columns or {}).keys() - {PROMPT, RESPONSE_IDS} - mine[prompts[0]].keys())
+    if absent:
+        raise ValueError(
+            f"columns must map to columns of the policy's rows; got {dict(columns or {})!r}, and "
+            f"no {absent[0]!r} there. Correct the name."
+        )
     ours = [mine[prompt] for prompt in prompts]
     base = [theirs[prompt] for prompt in prompts]
     options: dict[str, Any] = {"confidence": confidence, "seed": seed}
@@ -179,8 +185,8 @@ def evaluate(
         "win_rates": {procedure: rate.as_dict() for procedure, rate in win_rates.items()},
         "attainment": attained,
         "kl": None if kl is None else kl.as_dict(),
-        "length": _mean_of_means(ours, _LENGTH, options),
-        "reference_length": _mean_of_means(base, _LENGTH, options),
+        "length": _mean_of_means(ours, LENGTH, options),
+        "reference_length": _mean_of_means(base, LENGTH, options),
         "rewards": _mean_of_means(ours, REWARDS, options),
         "reference_rewards": _mean_of_means(base, REWARDS, options),
         "tied": float(np.mean([_tied(*pair) for pair in zip(*rewards, strict=True)])),
@@ -231,32 +237,6 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
         for procedure in rates[0]
         if procedure in rates[1]
     }
-
-
-def _draws(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """Gather the columns of the draws by prompt, in the order in which prompts first appear."""
-    gathered: dict[str, dict[str, list[Any]]] = {}
-    for number, row in enumerate(rows):
-        check_columns(row, [PROMPT, REWARDS], "Run `ctrl-dpo score` first.")
-        columns = {name: row[name] for name in _PER_DRAW if row.get(name) is not None}
-        if row.get(RESPONSE_IDS) is not None:
-            columns[_LENGTH] = [len(ids) for ids in row[RESPONSE_IDS]]
-        sizes = {name: len(values) for name, values in columns.items()}
-        if len(set(sizes.values())) != 1:
-            raise ValueError(f"columns must hold one entry a draw; got {sizes} at row {number}.")
-        draws = gathered.setdefault(
-            json.dumps(row[PROMPT], sort_keys=True), {n: [] for n in columns}
-        )
-        if number and columns.keys() != next(iter(gathered.values())).keys():
-            raise ValueError(
-                f"rows must have the same columns; got {sorted(columns)} at row {number}, "
-                f"{sorted(next(iter(gathered.values())))} at row 0."
-            )
-        for name, values in columns.items():
-            draws[name].extend(values)
-    if not gathered:
-        raise ValueError("policy and reference must hold at least one row; got 0.")
-    return gathered
 
 
 def _mean_of_means(

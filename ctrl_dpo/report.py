@@ -15,6 +15,7 @@ from ctrl_dpo.data.columns import REWARDS
 from ctrl_dpo.data.folders import read_record, read_rows, write_atomically
 from ctrl_dpo.evaluate import compare
 from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.draws import gather_draws
 from ctrl_dpo.measures.figure_style import DPI
 from ctrl_dpo.measures.label_plots import label_figure
 from ctrl_dpo.measures.planning import frontier_rows
@@ -129,28 +130,33 @@ def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dic
     -------
     dict
         Keyword arguments of :func:`report`. Reference draws are split in halves: the first half of
-        a prompt's draws calibrates the second.
+        a prompt's draws calibrates the second, where a prompt has two or more.
     """
     if not records:
         return {}
-    reference = [row[REWARDS] for row in read_rows(records[0]["sources"]["reference"])]
+    reference = _rewards(records[0], "reference")
     half = min(map(len, reference)) // 2
-    draws = np.array([row[: 2 * half] for row in reference])
     logs = {
         name: list(map(json.loads, (Path(folder) / METRICS).read_text("utf-8").splitlines()))
         for name, folder in training.items()
     }
-    return {
+    found: dict[str, Any] = {
         "training_logs": logs,
-        "calibrated_rewards": calibrated_reward(draws[:, half:], draws[:, :half]),
-        "k": half,
         "reference_rewards": np.concatenate(reference),
-        "policy_rewards": {
-            r["name"]: np.concatenate([row[REWARDS] for row in read_rows(r["sources"]["policy"])])
-            for r in records
-        },
+        "policy_rewards": {r["name"]: np.concatenate(_rewards(r, "policy")) for r in records},
         "settings": {r["name"]: {"sources": r["sources"], "seed": r["seed"]} for r in records},
     }
+    if half > 0:
+        draws = np.array([row[: 2 * half] for row in reference])
+        calibrated = calibrated_reward(draws[:, half:], draws[:, :half])
+        found |= {"calibrated_rewards": calibrated, "k": half}
+    return found
+
+
+def _rewards(record: Record, side: str) -> list[list[float]]:
+    """Read the rewards of one side of an evaluation, one list a prompt."""
+    draws = gather_draws(read_rows(record["sources"][side]), record.get("columns"))
+    return [columns[REWARDS] for columns in draws.values()]
 
 
 def label_summaries(folders: Sequence[Path]) -> dict[str, Record]:

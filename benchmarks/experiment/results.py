@@ -11,6 +11,15 @@ import numpy as np
 
 from ctrl_dpo.measures import plots
 from ctrl_dpo.measures.equal_kl import Curve, difference_at_kl, win_rate_at_kl
+from ctrl_dpo.measures.figure_style import (
+    COLOURS,
+    DASHES,
+    DPI,
+    MARKERS,
+    legend_below,
+    panels,
+    styled,
+)
 from ctrl_dpo.measures.planning import frontier_rows
 from ctrl_dpo.measures.tables import cell as text_of
 from ctrl_dpo.measures.tables import table
@@ -142,26 +151,38 @@ def comparison(experiment: Experiment, rows: Sequence[Mapping[str, Any]], kl: fl
 def figure(experiment: Experiment, records: Sequence[Record], path: Path) -> Path:
     """Draw win rate against KL for every method under the exact frontier."""
     procedures = [p for p in SHOWN if p in experiment.measured]
-    drawn = {p: curves(records, "training", p) for p in procedures}
+    drawn = {p: curves(records, JUDGES[0], p) for p in procedures}
     end = 1.05 * max(curve.reach for curve in drawn[procedures[0]].values())
     kls = (end * np.linspace(0.02, 1, 40) ** 2).tolist()
-    # the points of a method are joined; the frontier alone comes from the theory
     rows = [r for r in frontier_rows(procedures, kls) if r["transformation"] == "optimal"]
-    made = plots.frontier_figure(rows, (), f"{experiment.task}: win rate at the KL paid for it")
-    for axis, procedure in zip(made.axes, procedures, strict=True):
-        for number, (method, curve) in enumerate(drawn[procedure].items()):
-            order = np.argsort(curve.kls.mean(axis=1))
+    made = _curve_figure(rows, drawn, f"{experiment.task}: win rate at the KL paid for it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.savefig(path, dpi=DPI)
+    return path
+
+
+@styled
+def _curve_figure(
+    rows: Sequence[Mapping[str, Any]], drawn: Mapping[str, Mapping[str, Curve]], title: str
+) -> Any:
+    """Draw one panel a procedure: the frontier, and each method's strengths joined by a line."""
+    made, axes = panels(len(drawn), title, share_y=True)
+    for axis, (procedure, found) in zip(axes, drawn.items(), strict=True):
+        frontier = [(r["kl"], 100 * r["win_rate"]) for r in rows if r["procedure"] == procedure]
+        axis.plot(*zip(*frontier, strict=True), color="black", label="exact optimum (upper limit)")
+        for number, (method, curve) in enumerate(found.items()):
+            kls, rates = curve.kls.mean(axis=1), curve.win_rates.mean(axis=1)
+            order = np.argsort(kls)
             axis.plot(
-                [0, *curve.kls.mean(axis=1)[order]],
-                [50, *100 * curve.win_rates.mean(axis=1)[order]],
-                marker=plots.MARKERS[number % len(plots.MARKERS)],
-                color=plots.COLOURS[number % len(plots.COLOURS)],
-                linestyle=plots.DASHES[number // len(plots.COLOURS)],
+                [0, *kls[order]],
+                [50, *100 * rates[order]],
+                marker=MARKERS[number % len(MARKERS)],
+                color=COLOURS[number % len(COLOURS)],
+                linestyle=DASHES[number // len(COLOURS)],
                 label=method,
             )
-    made.legends.clear()
-    handles, labels = made.axes[0].get_legend_handles_labels()
-    made.legend(handles, labels, loc="outside lower center", ncols=6)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path, dpi=100)
-    return path
+        axis.set_title(f"used through {plots.words(procedure)}")
+        axis.set_xlabel("KL from the reference policy\n(nats per response)")
+    axes[0].set_ylabel("inference-time win rate\nagainst the reference policy (%)")
+    legend_below(made, axes)
+    return made
