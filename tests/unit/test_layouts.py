@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -408,12 +405,3 @@ def test_flips_are_counted_before_rows_of_one_prompt_merge():
     stream, told = read_groups(Dataset.from_list(rows).to_iterable_dataset())
     assert len(list(stream)) == 3
     assert told.counts.items() >= (counts | {"unscored_groups": 0}).items() - {("merged_rows", 2)}
-
-
-@pytest.mark.skipif("CTRL_DPO_DATA" not in os.environ, reason="CTRL_DPO_DATA names no folder")
-def test_real_dialogues():
-    path = Path(os.environ["CTRL_DPO_DATA"]) / "hh_harmless_test_half.jsonl.gz"
-    groups, report = read_groups(Dataset.from_json(str(path)))
-    assert report.layout == "hh"
-    assert report.groups == report.rows == 1156
-    assert all(prompt[-1]["role"] == "user" for prompt in groups["prompt"])

@@ -18,7 +18,11 @@ PAIR = {"prompt": "Hi", "chosen": "a", "rejected": "b"}
 HH = {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}
 UNSCORED = {**PAIR, "score_chosen": None, "score_rejected": None}
 HELPFUL = {"prompt": "Hi", "response": "a", "helpfulness": 1, "correctness": 1, "coherence": 1}
-DATA = Path(os.environ.get("CTRL_DPO_DATA", "absent"), "hh_harmless_test_half.jsonl.gz")
+# a folder beside the repository, unless the variable names another; absent from a plain clone
+DATA = Path(
+    os.environ.get("CTRL_DPO_DATA", Path(__file__).parents[3] / "shared" / "data"),
+    "hh_harmless_test_half.jsonl.gz",
+)
 
 
 @pytest.mark.parametrize("rewards", [[1, 0], [True, False], ["1", "0"], [1.0, 0.0]])
@@ -172,7 +176,7 @@ def test_rows_of_an_older_reading_do_not_come_back(tmp_path, monkeypatch):
     assert cache_files().isdisjoint(first)
 
 
-@pytest.mark.skipif(not DATA.exists(), reason="CTRL_DPO_DATA names no folder with the file")
+@pytest.mark.skipif(not DATA.exists(), reason="no hh_harmless_test_half.jsonl.gz")
 def test_every_row_of_the_harmless_half_is_read():
     groups, report = read_groups(read_rows(DATA))
     assert (report.layout, report.rows, report.groups, report.dropped) == ("hh", 1156, 1156, {})
