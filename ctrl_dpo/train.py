@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
+from ctrl_dpo.engine.adapters import speed_up_adapters
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.checks import check_model, check_step_zero
 from ctrl_dpo.engine.identity import model_identity
@@ -22,6 +23,7 @@ from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
 from ctrl_dpo.engine.rows import labelled, resolve_beta, training_rows, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
+from ctrl_dpo.engine.sharing import can_share_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -96,7 +98,10 @@ class CTRLDPOTrainer(ResumableTrainer):
             torch.manual_seed(args.seed)  # the adapter's start belongs to the seed of the run
             model = get_peft_model(model, peft_config)
         check_model(model, ref_model)
-        self._add_reference_logps(ref_model or model, identity, args, [rows, eval_rows or []])
+        speed_up_adapters(model)
+        reference = (ref_model or model).eval()
+        args.share_prompt = args.share_prompt and can_share_prompt(reference, rows)
+        self._add_reference_logps(reference, identity, args, [rows, eval_rows or []])
         self._is_fresh = peft_config is not None or ref_model is not None
         super().__init__(
             facts=facts,
@@ -120,7 +125,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         key = f"{identity}:{reference.dtype}:8bit={args.load_in_8bit}:share={args.share_prompt}"
         folder = Path(args.reference_cache) if args.reference_cache else None
         computed = add_reference_logps(
-            reference.eval(), rows, key, folder, args.per_device_train_batch_size, args.share_prompt
+            reference, rows, key, folder, args.per_device_train_batch_size, args.share_prompt
         )
         logger.info(
             "reference log-probabilities: %d computed, %d found", computed, len(rows) - computed

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ctrl_dpo.engine.masks import attention_mask
@@ -82,25 +84,21 @@ def _single_rows(batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
 def _token_logps(model: Any, batch: Batch) -> torch.Tensor:
     """Compute the rows of a batch together."""
     base = causal_model(model)
-    with _last_hidden_state(base) as found:
-        # through the model's own forward, on which wrappers for several processes rely; its head
-        # is applied to one token only
-        model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            attention_mask=attention_mask(base, batch["segments"], batch["position_ids"]),
-            use_cache=False,
-            logits_to_keep=1,
-        )
-    needed = found[0].flatten(0, 1)[batch["predictors"]]
     head, config = base.get_output_embeddings(), base.config.get_text_config()
+    with _head_input(head) as found:
+        # through the model's own forward, on which wrappers for several processes rely
+        model(**_forward_arguments(base, batch))
+    needed = found[0].flatten(0, 1)[batch["predictors"]]
+    trained = any(p.requires_grad for p in head.parameters())
     parts = []
     for start in range(0, len(needed), _CHUNK):
         piece = needed[start : start + _CHUNK], batch["token_ids"][start : start + _CHUNK]
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            parts.append(_head_logps(head, config, *piece))
+        elif trained:
             parts.append(checkpoint(_head_logps, head, config, *piece, use_reentrant=False))
         else:
-            parts.append(_head_logps(head, config, *piece))
+            parts.append(_FrozenHeadLogps.apply(head, config, *piece))  # type: ignore[no-untyped-call]
     return torch.cat(parts)
 
 
@@ -110,11 +108,31 @@ def causal_model(model: Any) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
+def _forward_arguments(base: Any, batch: Batch) -> dict[str, Any]:
+    """Build what the model takes; one without positions (RWKV, Mamba) counts them itself."""
+    segments, positions = batch["segments"], batch["position_ids"]
+    arguments = {
+        "input_ids": batch["input_ids"],
+        "position_ids": positions,
+        "attention_mask": attention_mask(base, segments, positions),
+        "use_cache": False,
+    }
+    taken = inspect.signature(base.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in taken}
+
+
 @contextmanager
-def _last_hidden_state(base: Any) -> Iterator[list[torch.Tensor]]:
-    """Catch what the backbone returns during a forward pass."""
+def _head_input(head: Any) -> Iterator[list[torch.Tensor]]:
+    """Catch what the model gives its head, and give the head no token instead."""
     found: list[torch.Tensor] = []
-    hook = base.base_model.register_forward_hook(lambda _m, _args, out: found.append(out[0]))
+
+    def take(_module: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        found.append(args[0])
+        return args[0][:, :0]
+
+    hook = head.register_forward_pre_hook(take)
     try:
         yield found
     finally:
@@ -124,11 +142,36 @@ def _last_hidden_state(base: Any) -> Iterator[list[torch.Tensor]]:
 def _head_logps(
     head: Any, config: Any, hidden: torch.Tensor, token_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Apply the head to a chunk; its logits live only here, and again in the backward pass."""
+    """Apply the head to a chunk; its logits live only here."""
     logits = scaled_logits(head(hidden).float(), config)
     chosen = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
     logps: torch.Tensor = chosen - torch.logsumexp(logits, dim=1)
     return logps
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    """Take the gradient of each token's log-probability at once, while its logits exist.
+
+    A token's log-probability depends on its own hidden state only, so its gradient is one vector,
+    by which the backward pass multiplies: two products with the head instead of three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Any, config: Any, hidden: torch.Tensor, token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        with torch.enable_grad():
+            states = hidden.detach().requires_grad_()
+            logps = _head_logps(head, config, states, token_ids)
+            torch.autograd.backward(logps.sum())
+        ctx.save_for_backward(states.grad)
+        return logps.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return None, None, (grad.unsqueeze(1) * slopes).to(slopes.dtype), None
 
 
 def scaled_logits(logits: torch.Tensor, config: Any) -> torch.Tensor:

@@ -48,11 +48,12 @@ def attention_mask(base: Any, segments: torch.Tensor, positions: torch.Tensor) -
     Returns
     -------
     None, Tensor or dict of str to Tensor
-        None for one row of one text, whose mask the model makes faster itself; one mask for each
-        kind of layer where a model mixes them.
+        Where every row is one text, the model makes the mask itself: None for one row, else the
+        usual ``(rows, s)`` mask of padding. One mask for each kind of layer where a model mixes
+        them.
     """
-    if len(segments) == 1 and int(segments.max()) <= 1:
-        return None
+    if int(segments.max()) <= 1:
+        return None if len(segments) == 1 else (segments >= 0).long()
     config = base.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     windows = {"full_attention": None, "sliding_attention": window}

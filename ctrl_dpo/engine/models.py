@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ctrl_dpo._validation import check_choice
+from ctrl_dpo.engine.adapters import speed_up_adapters
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +76,7 @@ def load_model(
             "holds a GGUF file. Convert it once: from_pretrained(gguf_file=), then save_pretrained."
         )
     place = torch.device(device) if device is not None else default_device()
-    options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": "sdpa"}
+    options: dict[str, Any] = {"dtype": torch_dtype}
     if load_in_8bit:
         from transformers import BitsAndBytesConfig
 
@@ -148,7 +149,9 @@ def load_policy(
 
     source = base or PeftConfig.from_pretrained(str(name)).base_model_name_or_path
     model = load_model(source, dtype=dtype, load_in_8bit=load_in_8bit, device=device)
-    return PeftModel.from_pretrained(model, str(name)).eval()
+    policy = PeftModel.from_pretrained(model, str(name)).eval()
+    speed_up_adapters(policy)  # the products of training: the policy drawn is the one trained
+    return policy
 
 
 def is_adapter(name: str | Path) -> bool:

@@ -1,0 +1,99 @@
+"""LoRA layers at speed: products in the type of the activations, master weights as they are."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+class _AddLowRank(torch.autograd.Function):
+    r"""Add a low-rank term to a layer's output in place: :math:`y + s \, (x A^T) B^T`.
+
+    Saved are the input, which the neighbouring layers share, and the ``(n, r)`` product: neither a
+    copy of the input in the adapter's type nor a second output.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        down, up = a.to(x.dtype), b.to(x.dtype)
+        rows = x.flatten(0, -2)
+        inner = rows @ down.t()
+        ctx.save_for_backward(rows, inner, down, up)
+        ctx.scale = scale
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(inner, up.t(), alpha=scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, inner, down, up = ctx.saved_tensors
+        outer = grad.flatten(0, -2)
+        scaled = (outer @ up).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = (scaled @ down).view(*grad.shape[:-1], rows.shape[-1])
+        # autograd casts the gradients of the adapter to its own type, where they add up
+        return grad, grad_x, scaled.t() @ rows, (outer.t() @ inner).mul_(ctx.scale), None
+
+
+def speed_up_adapters(model: torch.nn.Module) -> int:
+    r"""Let the LoRA layers of a model compute in the type of its activations, without copies.
+
+    PEFT holds adapters in float32 and multiplies in float32 too, on copies of every input. Here
+
+    .. math:: y = W x + s \, B (A x)
+
+    is computed in the type of ``x``, with A and B cast for the call; their gradients are added up
+    in float32, where the optimiser works. With a base in float32 nothing is rounded differently.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Model with PEFT's LoRA layers, whatever they adapt (float or int8); changed in place.
+
+    Returns
+    -------
+    int
+        Number of layers changed. Left to PEFT are layers with dropout, a variant (DoRA and such),
+        a bias, several adapters at once, or another kind of adapter.
+
+    Notes
+    -----
+    With B = 0 the output is that of the base layer to the last bit: policy and reference are one
+    function before the first update.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
+    for layer in layers:
+        layer.forward = MethodType(_forward, layer)
+    return len(layers)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Tell whether a layer computes W x + s B (A x) and nothing else."""
+    base = layer.get_base_layer()
+    return (
+        isinstance(base, torch.nn.Linear)
+        and not layer.lora_variant
+        and not any(layer.lora_bias.values())
+        and all(isinstance(d, torch.nn.Identity) for d in layer.lora_dropout.values())
+    )
+
+
+def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    usual = layer.disable_adapters or layer.merged or len(active) != 1 or args or kwargs
+    if usual or torch.is_autocast_enabled(x.device.type):
+        result: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return result
+    a, b = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+    y = layer.base_layer(x)
+    added: torch.Tensor = _AddLowRank.apply(y, x, a, b, layer.scaling[active[0]])  # type: ignore[no-untyped-call]
+    return added
