@@ -10,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from ctrl_dpo._validation import check_choice, check_integer, check_positive
+from ctrl_dpo.calibrate import METHODS
 from ctrl_dpo.engine.models import DTYPES
 from ctrl_dpo.theory.procedures import parse_procedure
 
@@ -52,7 +53,19 @@ class CTRLDPOConfig(TrainingArguments):
         "is checked against relabelled ones.",
         None,
     )
-    transformation: str = _doc("Transformation of calibrated rewards, when relabelling.", "optimal")
+    transformation: str = _doc(
+        "Transformation of calibrated rewards, when relabelling; raw takes rewards as they are "
+        "(REBEL with loss=squared, RPO with loss=soft_label).",
+        "optimal",
+    )
+    calibration: str = _doc(
+        "How rewards are calibrated, when relabelling: empirical, pooled or weighted.", "empirical"
+    )
+    accept_other_labels: bool = _doc(
+        "Train on a dataset that was relabelled for another beta or procedure than named here: "
+        "its transformed rewards are used with this beta.",
+        False,
+    )
     target_kl: float | None = _doc("KL budget in nats per response, when relabelling.", None)
     max_prompt_length: int | None = _doc(
         "Limit in tokens; longer prompts keep their end, and are counted.", None
@@ -83,6 +96,7 @@ class CTRLDPOConfig(TrainingArguments):
         """Check the settings, and their conflicts, before anything is loaded."""
         check_choice("loss", self.loss, LOSSES)
         check_choice("model_dtype", self.model_dtype, DTYPES)
+        check_choice("calibration", self.calibration, METHODS)
         for name in ("beta", "target_kl"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
@@ -115,6 +129,14 @@ class CTRLDPOConfig(TrainingArguments):
             raise ValueError(f"anchor must be >= 0; got {self.anchor!r}.")
         if self.anchor > 0 and self.loss != "squared":
             raise ValueError(f"anchor must be 0 unless loss is squared; got loss={self.loss!r}.")
+        if self.anchor > 0 and (self.transformation == "raw" or self.accept_other_labels):
+            raise ValueError(
+                "anchor must be 0 where the normaliser is not known; got "
+                f"transformation={self.transformation!r}, "
+                f"accept_other_labels={self.accept_other_labels!r}."
+            )
+        if self.accept_other_labels and self.beta is None:
+            raise ValueError("beta must be given with accept_other_labels; got None.")
         if self.beta is not None and self.target_kl is not None:
             raise ValueError(
                 f"beta and target_kl exclude each other; got {self.beta!r} and {self.target_kl!r}."

@@ -18,7 +18,7 @@ from ctrl_dpo.calibrate import METHODS, RewardCalibrator
 from ctrl_dpo.data import columns
 from ctrl_dpo.labels.datasets import add_calibrated, add_columns
 from ctrl_dpo.labels.extremes import keep_extremes
-from ctrl_dpo.labels.groups import LEVELS
+from ctrl_dpo.labels.groups import LEVELS, RAW
 from ctrl_dpo.labels.pairs import TIES, pair_batch, parse_strategy, select_pairs
 from ctrl_dpo.theory.policies import match_kl
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
@@ -60,7 +60,10 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     procedure : str or Procedure
         How the trained policy will be used: ``"best_of_4"``, ``"worst_of_8"``, ``"single_draw"``.
     transformation : str or Transformation
-        ``"optimal"``, ``"identity"``, ``"log"``, ``"normal_quantile"``, ``"exponential:5"``.
+        ``"optimal"``, ``"identity"``, ``"log"``, ``"normal_quantile"``, ``"exponential:5"``; or
+        ``"raw"``, the baseline: rewards as they are, with no normaliser. Its squared loss is REBEL
+        with eta = 1 / beta (Gao et al., arXiv:2404.16767), its soft label RPO with
+        eta = 1 (Sun et al., arXiv:2502.00203).
     beta : float, optional
         Strength of the KL penalty, > 0. Give this or ``target_kl``.
     target_kl : float, optional
@@ -123,7 +126,10 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     check_columns(found, [columns.REWARDS], _UNSCORED)
     if not isinstance(calibration, RewardCalibrator):
         calibration = RewardCalibrator(check_choice("calibration", calibration, METHODS))
-    if calibration.method != "empirical":
+    if transformation == RAW:
+        _check_raw(calibration.method, estimator, target_kl)
+        estimator = RAW
+    elif calibration.method != "empirical":
         estimator = check_choice("estimator", estimator or "plug_in", ["plug_in"])
     settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
     if calibration.method == "empirical":
@@ -153,6 +159,9 @@ def _settings(
 ) -> dict[str, Any]:
     """Return what decides the transformed rewards, beta solved for, as plain values if possible."""
     served = parse_procedure(procedure)
+    if transformation == RAW:
+        settings = {"transformation": RAW, "procedure": str(served), "estimator": RAW}
+        return settings | {"beta": check_positive("beta", beta)}
     opponent = None if against is None else parse_procedure(against)
     is_optimal = transformation == "optimal"
     given_as = check_one_of(beta=beta, target_kl=target_kl)
@@ -182,6 +191,21 @@ def _settings(
         "beta": beta,
         "estimator": made,
     }
+
+
+def _check_raw(calibration: str, estimator: str | None, target_kl: float | None) -> None:
+    """Raise for what raw rewards do not have."""
+    if target_kl is not None:
+        raise ValueError(
+            f"beta must be given for transformation='raw'; got target_kl={target_kl!r}. What KL a "
+            "raw reward leads to depends on its distribution."
+        )
+    for name, value in (("calibration", calibration), ("estimator", estimator)):
+        if value not in {"empirical", None}:
+            raise ValueError(
+                f"{name} must be left out for transformation='raw'; got {value!r}. Raw rewards are "
+                "not calibrated."
+            )
 
 
 def pairs(

@@ -10,19 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
-from ctrl_dpo.engine.adapters import speed_up_adapters
 from ctrl_dpo.engine.batches import collate
-from ctrl_dpo.engine.checks import check_model, check_step_zero
-from ctrl_dpo.engine.identity import model_identity
+from ctrl_dpo.engine.checks import check_step_zero
+from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.losses import group_loss, pad_groups
-from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics
-from ctrl_dpo.engine.models import load_model, load_tokenizer
-from ctrl_dpo.engine.provenance import check_provenance
+from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics, token_metrics
+from ctrl_dpo.engine.models import load_tokenizer
+from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
-from ctrl_dpo.engine.rows import labelled, resolve_beta, training_rows, warn_of_overlap
+from ctrl_dpo.engine.rows import (
+    labelled,
+    resolve_beta,
+    resolve_procedure,
+    training_rows,
+    warn_of_overlap,
+)
 from ctrl_dpo.engine.run_identity import origin
+from ctrl_dpo.engine.setup import mixed_precision, set_up_policies
 from ctrl_dpo.engine.sharing import can_share_prompt
 
 if TYPE_CHECKING:
@@ -39,18 +45,22 @@ class CTRLDPOTrainer(ResumableTrainer):
     Parameters
     ----------
     model : str, Path, transformers.PreTrainedModel or peft.PeftModel
-        Policy to train. A name is loaded as the configuration says (type, 8 bits).
+        Policy to train. A name is loaded as the configuration says (type, 8 bits). Its dropout is
+        switched off, an adapter's is not.
     args : CTRLDPOConfig
         Settings.
     train_dataset : datasets.Dataset
-        Groups (``prompt, responses, rewards``), relabelled groups, pairs with ``margin``, or, for
-        the losses ``dpo`` and ``ipo``, plain pairs.
-    eval_dataset : datasets.Dataset, optional
+        Groups (``prompt, responses, rewards``), relabelled groups, pairs with ``margin``, with
+        ``anchor`` > 0 single responses (``prompt, response, reward``), or, for the losses ``dpo``
+        and ``ipo``, plain pairs. A column ``weight`` multiplies the loss of its row.
+    eval_dataset : datasets.Dataset or dict of str to datasets.Dataset, optional
         The same, for evaluation losses and metrics.
     processing_class : transformers.PreTrainedTokenizerBase, optional
         Tokenizer; the model's own by default.
-    ref_model : transformers.PreTrainedModel, optional
-        Reference policy, where it is not the model with its adapter off.
+    ref_model : str, Path, transformers.PreTrainedModel or peft.PeftModel, optional
+        Reference policy, used as it is. By default the model with its adapter off; for a model
+        that comes with a trained adapter, a frozen copy of that; or what computed the dataset's
+        ``reference_logps``, which need a record of it. The log says which.
     peft_config : peft.PeftConfig, optional
         Adapter to train on a model that has none.
     callbacks : list of transformers.TrainerCallback, optional
@@ -61,6 +71,15 @@ class CTRLDPOTrainer(ResumableTrainer):
     Log-probabilities of the reference policy are computed once, before the first update, with the
     forward path and row layout of training, and kept for all runs. Before the first update,
     policy and reference are compared on a batch: they must be one function.
+
+    Attributes
+    ----------
+    beta : float
+        Strength of the KL penalty, of the dataset or the configuration.
+    reference : ReferencePolicy
+        Which policy log-ratios are taken against.
+    reference_computed : str
+        Record of how ``reference_logps`` are computed, for datasets that carry them.
     """
 
     # the loss is a mean over the groups of a micro-batch: Trainer divides by the accumulation
@@ -79,73 +98,103 @@ class CTRLDPOTrainer(ResumableTrainer):
     ) -> None:
         data = labelled(train_dataset, args)
         self.beta = resolve_beta(data, args)
+        self.procedure = resolve_procedure(data, args)
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(name or model.name_or_path)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
-        eval_rows = None
-        if eval_dataset is not None:
-            eval_rows, _ = training_rows(labelled(eval_dataset, args), tokenizer, args, self.beta)
-            warn_of_overlap(rows, eval_rows)
-        if name is not None:
-            model = load_model(name, dtype=args.model_dtype, load_in_8bit=args.load_in_8bit)
-        identity = model_identity(ref_model or model, None if ref_model is not None else name)
+        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}
+        from_dataset = all(row["reference_logps"] is not None for row in rows)
+        model, self.reference = set_up_policies(
+            model, ref_model, peft_config, tokenizer, args, from_dataset=from_dataset
+        )
+        identity = self.reference.identity
+        logger.info("reference policy: %s (%s)", self.reference.kind, identity)
         check_provenance(data, identity, tokenizer)
-        own = identity if ref_model is None else model_identity(model, name)
-        facts = {"model": own, "reference_model": identity, "beta": self.beta, **origin(data)}
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            torch.manual_seed(args.seed)  # the adapter's start belongs to the seed of the run
-            model = get_peft_model(model, peft_config)
-        check_model(model, ref_model)
-        speed_up_adapters(model)
-        reference = (ref_model or model).eval()
-        args.share_prompt = args.share_prompt and can_share_prompt(reference, rows)
-        self._add_reference_logps(reference, identity, args, [rows, eval_rows or []])
-        self._is_fresh = peft_config is not None or ref_model is not None
+        judged = (self.reference.model or model).eval()
+        args.share_prompt = args.share_prompt and can_share_prompt(judged, rows)
+        with mixed_precision(args):
+            self.reference_computed = computation(judged, identity, tokenizer, args.share_prompt)
+        for each in (data, *parts.values()):
+            check_computation(each, self.reference_computed)
+        for eval_rows in evaluated.values():
+            warn_of_overlap(rows, eval_rows)
+        self._add_reference_logps([row for p in (rows, *evaluated.values()) for row in p], args)
+        self._is_fresh = True
+        start = self.reference.start
+        facts = {"model": start, "reference_model": identity, "beta": self.beta, **origin(data)}
         super().__init__(
             facts=facts,
             means={"train": RunningMeans(), "eval": RunningMeans()},
             model=model,
             args=args,
             train_dataset=rows,
-            eval_dataset=eval_rows,
+            eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get(""),
             processing_class=tokenizer,
             data_collator=partial(collate, share_prompt=args.share_prompt),
-            callbacks=callbacks,
+            callbacks=[FootprintCallback(), *(callbacks or [])],
         )
 
-    def _add_reference_logps(
-        self, reference: Any, identity: str, args: CTRLDPOConfig, parts: list[list[dict[str, Any]]]
-    ) -> None:
-        rows = [row for part in parts for row in part if row["reference_logps"] is None]
-        if not rows:
-            logger.info("reference policy: log-probabilities of the dataset")
+    def _tokenised(
+        self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig
+    ) -> list[dict[str, Any]]:
+        return training_rows(labelled(dataset, args), tokenizer, args, self.beta)[0]
+
+    def _add_reference_logps(self, rows: list[dict[str, Any]], args: CTRLDPOConfig) -> None:
+        missing = [row for row in rows if row["reference_logps"] is None]
+        if not missing:
             return
-        key = f"{identity}:{reference.dtype}:8bit={args.load_in_8bit}:share={args.share_prompt}"
         folder = Path(args.reference_cache) if args.reference_cache else None
-        computed = add_reference_logps(
-            reference, rows, key, folder, args.per_device_train_batch_size, args.share_prompt
-        )
+        size = args.per_device_train_batch_size
+        with self.reference.computing() as model, mixed_precision(args):
+            computed = add_reference_logps(
+                model, missing, self.reference.identity, folder, size, args.share_prompt
+            )
         logger.info(
-            "reference log-probabilities: %d computed, %d found", computed, len(rows) - computed
+            "reference log-probabilities: %d computed, %d found, %d of the dataset",
+            computed,
+            len(missing) - computed,
+            len(rows) - len(missing),
         )
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, also on a dataset that was not there when the trainer was built."""
+        if hasattr(eval_dataset, "column_names"):
+            check_computation(eval_dataset, self.reference_computed)
+            eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
+            self._add_reference_logps(eval_dataset, self.args)
+        found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
+        return found
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean loss over the groups of a batch."""
-        logps = response_logps(model, inputs)
+        means = self._means["train" if model.training else "eval"]
+        means.start()
+        logps = self._logps(model, inputs)
         where = inputs["group_of"], inputs["slot_of"]
         logratios, mask = pad_groups(logps - inputs["reference_logps"], *where)
         targets, _ = pad_groups(inputs["targets"], *where)
-        options = {"beta": self.beta, "anchor": self.args.anchor}
-        loss = group_loss(self.args.loss, logratios, targets, mask, **options).mean()
+        loss = group_loss(
+            self.args.loss,
+            logratios,
+            targets,
+            mask,
+            beta=self.beta,
+            anchor=self.args.anchor,
+            weights=inputs["weights"],
+        ).mean()
         with torch.no_grad():
             padded, _ = pad_groups(logps, *where)
-            part = "train" if model.training else "eval"
-            self._means[part].add(batch_metrics(logratios, targets, mask, padded, self.beta))
+            found = batch_metrics(logratios, targets, mask, padded, self.beta, self.procedure)
+            means.add(found | token_metrics(inputs))
         return (loss, {"logratios": logratios}) if return_outputs else loss
+
+    def _logps(self, model: Any, inputs: Any) -> torch.Tensor:
+        with mixed_precision(self.args):
+            return response_logps(model, inputs)
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
@@ -153,12 +202,20 @@ class CTRLDPOTrainer(ResumableTrainer):
         """Make one forward and backward pass; before the first, compare with the reference."""
         if self.state.global_step == 0 and self._is_fresh:
             self._is_fresh = False
-            model.train()
-            with torch.no_grad():
-                logps = response_logps(model, self._prepare_inputs(inputs))
-            check_step_zero(logps.cpu() - inputs["reference_logps"].cpu(), self.model.dtype)
+            self._check_step_zero(model, self._prepare_inputs(inputs))
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    @torch.no_grad()
+    def _check_step_zero(self, model: Any, inputs: Any) -> None:
+        """Compare policy and reference in training mode, an adapter's dropout aside."""
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+        logps = self._logps(model, inputs)
+        model.train()
+        check_step_zero(logps - inputs["reference_logps"], self.model.dtype)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -172,6 +229,6 @@ class CTRLDPOTrainer(ResumableTrainer):
         """Add the collected metrics to a log row."""
         for part, prefix in (("train", ""), ("eval", "eval_")):
             if f"{prefix}loss" in logs:
-                means = self._means[part].means()
+                means = self._means[part].means(self.accelerator)
                 logs |= {f"{prefix}{name}": value for name, value in means.items()}
         super().log(logs, *args, **kwargs)

@@ -14,11 +14,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(
+    chat_template: str | None = CHAT_TEMPLATE, size: int = 259
+) -> PreTrainedTokenizerFast:
     """Make a tokenizer with one token a byte, after ``<pad> <|im_start|> <|im_end|>``."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
-    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
+    vocab = {token: i for i, token in enumerate([*special, *alphabet][:size])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -3,9 +3,12 @@
 PROMPT = "prompt"
 RESPONSES = "responses"
 REWARDS = "rewards"
+RESPONSE = "response"  # unpaired: one response and its reward a row
+REWARD = "reward"
 REFERENCE_REWARDS = "reference_rewards"
 REFERENCE_LOGPS = "reference_logps"
 PROMPT_FEATURES = "prompt_features"  # numbers that tell prompts apart, for pooled calibration
+REFERENCE_COMPUTED = "reference_computed"  # record of how, the same in every row
 
 # written by the sample stage, in the order of RESPONSES
 RESPONSE_IDS = "response_ids"  # token ids as drawn, so that nothing is tokenised twice
@@ -22,6 +25,9 @@ EFFECTIVE_SAMPLE_SIZE = "effective_sample_size"  # of weighted calibration, in d
 BETA = "beta"
 PROCEDURE = "procedure"
 TRANSFORMATION = "transformation"
+
+# pairs and groups
+WEIGHT = "weight"  # of the row in the loss; 1 where there is no such column
 
 # pairs
 CHOSEN = "chosen"

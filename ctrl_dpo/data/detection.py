@@ -22,6 +22,8 @@ PASSED = (
     names.FINISHED,
     names.SAMPLER_LOGPS,
     names.PROMPT_FEATURES,
+    names.REFERENCE_COMPUTED,
+    names.WEIGHT,
 )
 _SCORES = ("score_chosen", "score_rejected")
 

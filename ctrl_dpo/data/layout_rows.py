@@ -163,6 +163,12 @@ def read_nectar(row: Row) -> Group:
     }
 
 
+def read_unpaired(row: Row) -> Group:
+    """Read one response and its reward; rows of one prompt are merged later."""
+    rewards = to_floats(names.REWARD, [row[names.REWARD]])
+    return {"prompt": row["prompt"], "responses": [row[names.RESPONSE]], "rewards": rewards}
+
+
 def read_helpsteer(weights: Mapping[str, float]) -> Callable[[Row], Group]:
     """Return the reader of one response with attributes; rows of one prompt are merged later."""
 
@@ -265,6 +271,7 @@ LAYOUTS = {
             ("prompt", "response", *HELPSTEER_WEIGHTS),
             read_helpsteer(HELPSTEER_WEIGHTS),
         ),
+        Layout("unpaired", ("prompt", "response", "reward"), read_unpaired),
         Layout("pairs", ("chosen", "rejected"), read_pairs),
         Layout("hh", ("chosen", "rejected"), read_hh),
     )

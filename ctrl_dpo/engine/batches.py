@@ -55,7 +55,8 @@ def collate(
     sizes = [len(g["response_ids"]) for g in groups]
     batch["group_of"] = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(sizes))
     batch["slot_of"] = torch.cat([torch.arange(n) for n in sizes])
-    for column in ("targets", "reference_logps"):
+    batch["weights"] = torch.tensor([float(g.get("weight", 1.0)) for g in groups])
+    for column in ("targets", "reference_logps", "truncated"):
         if groups[0].get(column) is not None:
             batch[column] = torch.tensor([float(x) for g in groups for x in g[column]])
     return batch

@@ -2,55 +2,166 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-# nats per response by which policy and reference may differ before the first update: in bfloat16
-# the rounding of a row depends on the shape of its batch, in float32 no more than in its last bits
-STEP_ZERO_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
+from ctrl_dpo.engine.models import linear_8bit_modules, load_tokenizer
+from ctrl_dpo.engine.policies import ADAPTER_OFF, FROZEN_ADAPTER, ReferencePolicy
+
+# nats per response by which policy and reference may differ before the first update on an
+# accelerator, where a row's rounding depends on the rows beside it; measured by
+# benchmarks/step_zero.py. A processor computes row by row: there they must not differ at all.
+STEP_ZERO_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def check_model(model: Any, ref_model: Any) -> None:
+def check_8bit(model: Any, name: Any, load_in_8bit: bool, peft_config: Any) -> None:
+    """Raise where 8 bits were asked for and are not there, or nothing beside them can be trained.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        The policy as it came.
+    name : str, Path or None
+        Where it was loaded from by the trainer.
+    load_in_8bit : bool
+        Of the configuration.
+    peft_config : peft.PeftConfig or None
+        Adapter to be attached.
+
+    Raises
+    ------
+    ValueError
+        If a given model is not in 8 bits, or an 8-bit model has no adapter.
+    """
+    in_8bit = bool(linear_8bit_modules(model))
+    if load_in_8bit and not in_8bit and name is None:
+        raise ValueError(
+            f"model must be in 8 bits with load_in_8bit; got {type(model).__name__} of "
+            f"{model.dtype}. Give its name or folder, or load it with quantization_config="
+            "BitsAndBytesConfig(load_in_8bit=True); GGUF weights have to be saved by "
+            "save_pretrained first."
+        )
+    if in_8bit and peft_config is None and not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "peft_config must be given for a model in 8 bits; got None. Integer weights cannot be "
+            "trained: add an adapter, such as LoraConfig(target_modules='all-linear')."
+        )
+
+
+def check_model(model: Any, reference: ReferencePolicy) -> None:
     """Raise unless something can be trained and a reference policy is left.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
         The policy, its adapter attached.
-    ref_model : transformers.PreTrainedModel or None
-        A reference policy of its own.
+    reference : ReferencePolicy
+        From :func:`ctrl_dpo.engine.policies.choose_reference`.
 
     Raises
     ------
     ValueError
         If no weight is trainable, the base model of an adapter is, the head has an adapter, the
-        adapter is a prompt, or a model trained as a whole has no reference policy.
+        adapter is a prompt or one of several, or a model trained as a whole has no reference
+        policy.
     """
+    if reference.model is model and reference.kind not in (ADAPTER_OFF, FROZEN_ADAPTER):
+        raise ValueError("ref_model must be a model of its own; got the one that is trained.")
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(
-            "model must have trainable weights; got none. Give peft_config: an 8-bit model is "
-            "trained through an adapter."
+            "model must have trainable weights; got none. Give peft_config, or load the adapter "
+            "with is_trainable=True."
         )
-    if not hasattr(model, "disable_adapter"):
-        if ref_model is None:
-            raise ValueError(
-                "ref_model must be given to train all weights of a model; got None. Load the model "
-                "a second time, or give peft_config to train an adapter."
-            )
+    if hasattr(model, "disable_adapter"):
+        _check_adapter(model, reference, trainable)
         return
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "model must be a PeftModel where it has an adapter; got one that transformers loaded. "
+            "Give the adapter's folder as a name, or use PeftModel.from_pretrained."
+        )
+    if reference.kind == ADAPTER_OFF:
+        raise ValueError(
+            "ref_model must be given to train all weights of a model; got None. Load the model "
+            "a second time, or give peft_config to train an adapter."
+        )
+
+
+def _check_adapter(model: Any, reference: ReferencePolicy, trainable: list[str]) -> None:
+    """Raise where an adapter cannot be trained on responses, or its reference is not clear."""
+    if len(model.active_adapters) != 1:
+        raise ValueError(
+            f"model must have one active adapter; got {list(model.active_adapters)}. Choose it "
+            "with set_adapter."
+        )
     config = model.active_peft_config
     if config.is_prompt_learning:
         raise ValueError(
             f"peft_config must not be prompt learning; got {config.peft_type}. Use LoRA: with a "
             "learned prompt the response tokens are not where the batch says."
         )
-    head = model.get_base_model().get_output_embeddings()
-    if any(p.requires_grad for p in head.parameters()):
+    if getattr(config, "target_parameters", None):
         raise ValueError(
-            "peft_config must leave the output embeddings as they are; got an adapter on them. "
-            "Take lm_head out of target_modules."
+            f"peft_config must not have target_parameters; got {config.target_parameters!r}. Name "
+            "modules in target_modules: these parameters' adapter may stay on in the reference."
+        )
+    base = model.get_base_model()
+    ends = {"output": base.get_output_embeddings()}
+    if base.config.get_text_config().tie_word_embeddings:
+        ends["tied input"] = base.get_input_embeddings()
+    for which, module in ends.items():
+        if any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"peft_config must leave the {which} embeddings as they are; got trainable "
+                "weights there. Take them out of target_modules and modules_to_save."
+            )
+    if reference.kind in (ADAPTER_OFF, FROZEN_ADAPTER):
+        own = (model.base_model.prefix, "modules_to_save", "trainable_tokens")
+        outside = [name for name in trainable if not any(part in name for part in own)]
+        if outside:
+            raise ValueError(
+                f"the base model must be frozen where it is the reference policy; got "
+                f"{len(outside)} trainable weights, first {outside[0]!r}. Freeze them (bias='none')"
+                ", or give ref_model."
+            )
+
+
+def check_tokenizer(tokenizer: Any, model: Any, what: str) -> None:
+    """Raise where token ids mean something else to a model than to the tokenizer.
+
+    Parameters
+    ----------
+    tokenizer : transformers.PreTrainedTokenizerBase
+        What the data is tokenised with.
+    model : transformers.PreTrainedModel or peft.PeftModel
+        Policy or reference policy; where its folder has a tokenizer, the vocabularies are compared.
+    what : {"model", "ref_model"}
+        Its name in the error.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer has more tokens than the model, or the model's own has others.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"processing_class must fit {what}; got {len(tokenizer)} tokens for {rows} embeddings. "
+            "Give the model's own tokenizer, or resize_token_embeddings."
+        )
+    folder = Path(str(model.name_or_path))
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        return
+    own, used = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+    other = [token for token, i in own.items() if used.get(token) != i]
+    if other:
+        raise ValueError(
+            f"processing_class must be the tokenizer of {what}; got another id for {len(other)} of "
+            f"its {len(own)} tokens, first {other[0]!r} in {str(folder)!r}. Give the model's own."
         )
 
 
@@ -60,20 +171,20 @@ def check_step_zero(logratios: torch.Tensor, dtype: torch.dtype) -> None:
     Parameters
     ----------
     logratios : (n_responses,) Tensor
-        Log-ratios of one batch, nats.
+        Log-ratios of one batch, nats, on the device that computed them.
     dtype : torch.dtype
         Type of the activations.
 
     Raises
     ------
     ValueError
-        If a log-ratio exceeds the bound for the type.
+        If a log-ratio is not 0 on a processor, or exceeds the bound for the type elsewhere.
     """
     worst = logratios.abs().max().item()
-    bound = STEP_ZERO_BOUND[dtype]
+    bound = 0.0 if logratios.device.type == "cpu" else STEP_ZERO_BOUND[dtype]
     if not worst <= bound:
         raise ValueError(
-            f"log-ratios before the first update must be within {bound} nats; got {worst:.4g}. "
-            "Likely causes: reference log-probabilities of another model, template or tokenizer; "
-            "an adapter that does not start at zero; dropout in the base model."
+            f"log-ratios before the first update must be within {bound:g} nats; got {worst:.4g}. "
+            "Likely causes: reference log-probabilities of another model, type, template or "
+            "tokenizer; a ref_model that is not the model that training starts from."
         )

@@ -11,7 +11,7 @@ import torch
 from ctrl_dpo.data.hashes import model_hash
 
 
-def model_identity(model: Any, name: str | Path | None = None) -> str:
+def model_identity(model: Any, name: str | Path | None = None, *, adapter: bool = True) -> str:
     """Return a hash that changes with any weight of the model.
 
     Parameters
@@ -22,24 +22,49 @@ def model_identity(model: Any, name: str | Path | None = None) -> str:
         Where it was loaded from. A local folder is hashed by its weights and
         configuration (:func:`ctrl_dpo.data.hashes.model_hash`), a hub name by its commit; without a
         name, or when the commit is not known, the tensors are hashed.
+    adapter : bool
+        Whether an adapter on the model counts; else it is the base model that is identified.
 
     Returns
     -------
     str
-        ``files:SHA256``, ``hub:NAME@COMMIT`` or ``tensors:SHA256``.
+        ``files:SHA256``, ``hub:NAME@COMMIT`` or ``tensors:SHA256``; of an adapter and its base
+        both, joined by ``+``.
     """
+    if adapter and hasattr(model, "get_base_model"):
+        base = model.get_base_model()
+        mine = model_identity(base, name) if name is not None else f"tensors:{tensors_hash(model)}"
+        return f"{mine}+{model_identity(model, base.name_or_path, adapter=False)}"
     if name is not None and Path(name).is_dir():
         return f"files:{model_hash(name)}"
     commit = getattr(model.config, "_commit_hash", None)
     if name is not None and commit:
         return f"hub:{name}@{commit}"
-    return f"tensors:{tensors_hash(model)}"
+    return f"tensors:{tensors_hash(model, adapter=False)}"
 
 
-def tensors_hash(model: torch.nn.Module) -> str:
-    """Return the sha256 over names, types and bytes of a model's parameters and buffers."""
+def tensors_hash(model: Any, *, adapter: bool = True) -> str:
+    """Return the sha256 over names, types and bytes of a model's parameters and buffers.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The model.
+    adapter : bool
+        Whether an adapter on it counts; without it the hash is that of the bare base model.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+    """
+    state = model.state_dict()
+    if not adapter and hasattr(model, "get_base_model"):
+        prefix = model.base_model.prefix
+        state = model.get_base_model().state_dict()
+        state = {k.replace(".base_layer.", "."): v for k, v in state.items() if prefix not in k}
     digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted(state.items()):
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(flat.view(torch.uint8).numpy().data)

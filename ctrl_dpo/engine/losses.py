@@ -159,7 +159,8 @@ def ipo(logratios: Tensor, targets: Tensor, mask: Tensor, beta: float) -> Tensor
 
     Notes
     -----
-    Minimiser: a difference of 1/(2 beta) per pair. Azar et al., arXiv:2310.12036, equation 17.
+    Minimiser: a difference of 1/(2 beta) per pair. Azar et al., arXiv:2310.12036, equation 17. TRL
+    divides each log-ratio by the response's length first; this is the paper's form.
     """
     delta, pairs = _differences(logratios, mask)
     tau, _ = _differences(targets, mask)
@@ -181,7 +182,14 @@ def _mean(each: Tensor, pairs: Tensor) -> Tensor:
 
 
 def group_loss(
-    name: str, logratios: Tensor, targets: Tensor, mask: Tensor, *, beta: float, anchor: float
+    name: str,
+    logratios: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    anchor: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Apply the loss of that name.
 
@@ -197,18 +205,27 @@ def group_loss(
         Strength of the KL penalty, > 0.
     anchor : float
         Weight of the group mean, for the squared loss.
+    weights : (n_groups,) Tensor, optional
+        Factor >= 0 of each group's loss, or of each pair's where a group is a pair.
 
     Returns
     -------
     (n_groups,) Tensor
         Loss per group.
+
+    Notes
+    -----
+    The mean over a batch divides by the number of groups, not by the sum of weights: a weight then
+    means the same in every batch, accumulation and number of processes.
     """
-    if name == "squared":
-        return squared(logratios, targets, mask, anchor)
-    if name == "softmax":
-        return softmax(logratios, targets, mask)
     by_pairs = {"soft_label": soft_label, "dpo": dpo, "ipo": ipo}
-    return by_pairs[name](logratios, targets, mask, beta)
+    if name == "squared":
+        values = squared(logratios, targets, mask, anchor)
+    elif name == "softmax":
+        values = softmax(logratios, targets, mask)
+    else:
+        values = by_pairs[name](logratios, targets, mask, beta)
+    return values if weights is None else weights * values
 
 
 def pad_groups(values: Tensor, group_of: Tensor, slot_of: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,41 @@
-"""What a training step reports: TRL's names, and how far the fit and the KL have come."""
+"""What a training step reports: TRL's names, and how far the fit, the KL and the win rate are."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ctrl_dpo.theory.procedures import Procedure
+
+Sums = dict[str, tuple[Tensor, Tensor]]
+SPEED = "tokens_per_second"
+
 
 def batch_metrics(
-    logratios: Tensor, targets: Tensor, mask: Tensor, logps: Tensor, beta: float
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Summarise a batch as sums and weights, on the device, without synchronising.
+    logratios: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    logps: Tensor,
+    beta: float,
+    procedure: Procedure | None = None,
+) -> Sums:
+    r"""Summarise a batch as sums and weights, on the device, without synchronising.
 
     Parameters
     ----------
     logratios, targets, logps : (n_groups, k) Tensor
-        Log-ratios, their targets and the policy's log-probabilities, nats.
+        Log-ratios d, their targets and the policy's log-probabilities, nats.
     mask : (n_groups, k) bool Tensor
         True where a group has a response.
     beta : float
         Strength of the KL penalty, for the implicit rewards.
+    procedure : Procedure, optional
+        How the policy will be used; without it no win rate is predicted.
 
     Returns
     -------
@@ -29,16 +44,22 @@ def batch_metrics(
 
     Notes
     -----
-    ``chosen`` is the response of a group with the highest target, ``rejected`` the lowest.
-    ``kl`` is the self-normalised estimate from reference draws, E[w d] / E[w] - log E[w] with
-    w = exp(d); ``normalisation`` is E[w], which is 1 for a proper policy in the mean over draws of
-    the reference policy. ``fit/r2`` is the share of the targets' variance within groups explained.
+    ``chosen`` is the response of a group with the highest target, ``rejected`` the lowest; groups
+    of one response have no margin and do not count there. The following hold where the responses
+    of a group are draws of the reference policy, not a choice among them such as best and worst.
+
+    * ``kl/self_normalised``: importance weights w = exp(d), normalised within each group, in nats
+      and at most log k: :math:`\sum w d / \sum w - \log \frac1k \sum w`.
+    * ``normalisation``: the mean of exp(d), 1 in expectation for a proper policy.
+    * ``fit/r2``: share of the targets' variance within groups that the log-ratios explain.
+    * ``win_rate/predicted``: see :func:`predicted_win_rate`.
     """
     best = targets.masked_fill(~mask, float("-inf")).argmax(1, keepdim=True)
     worst = targets.masked_fill(~mask, float("inf")).argmin(1, keepdim=True)
-    groups = torch.ones_like(best, dtype=logratios.dtype).sum()
-    chosen, rejected = logratios.gather(1, best), logratios.gather(1, worst)
     sizes = mask.sum(1, keepdim=True)
+    is_pair = (sizes > 1).to(logratios.dtype)
+    groups, pairs = torch.ones_like(is_pair).sum(), is_pair.sum()
+    chosen, rejected = logratios.gather(1, best), logratios.gather(1, worst)
     masked = logratios.masked_fill(~mask, float("-inf"))
     log_mean = torch.logsumexp(masked, 1, keepdim=True) - sizes.log()
     kl = (torch.softmax(masked, 1) * torch.where(mask, logratios, 0.0)).sum(1) - log_mean[:, 0]
@@ -49,45 +70,175 @@ def batch_metrics(
 
     spread = centred(targets).square().sum()
     residual = (centred(logratios) - centred(targets)).square().sum()
-    return {
+    margins = is_pair * (chosen - rejected)
+    made = {
         "rewards/chosen": (beta * chosen.sum(), groups),
         "rewards/rejected": (beta * rejected.sum(), groups),
-        "rewards/margins": (beta * (chosen - rejected).sum(), groups),
-        "rewards/accuracies": ((chosen > rejected).to(groups.dtype).sum(), groups),
+        "rewards/margins": (beta * margins.sum(), pairs),
+        "rewards/accuracies": ((margins > 0).to(groups.dtype).sum(), pairs),
         "logps/chosen": (logps.gather(1, best).sum(), groups),
         "logps/rejected": (logps.gather(1, worst).sum(), groups),
-        "logratios/margins": ((chosen - rejected).sum(), groups),
+        "logratios/margins": (margins.sum(), pairs),
         "logratios/chosen_below_0": ((chosen < 0).to(groups.dtype).sum(), groups),
-        "kl": (kl.sum(), groups),
+        "kl/self_normalised": (kl.sum(), groups),
         "normalisation": (log_mean.exp().sum(), groups),
         "fit/r2": (spread - residual, spread),
+    }
+    if procedure is not None:
+        wins = predicted_win_rate(logratios, targets, mask, procedure)
+        made["win_rate/predicted"] = (wins.sum(), groups)
+    return made
+
+
+def predicted_win_rate(
+    logratios: Tensor, targets: Tensor, mask: Tensor, procedure: Procedure
+) -> Tensor:
+    r"""Predict each group's inference-time win rate against the reference policy.
+
+    .. math:: \sum_l [h(P_l) - h(P_{l-1})] \, \tfrac12 [h(Q_l) + h(Q_{l-1})]
+
+    over the levels of the targets, with P the cumulative sum of softmax(d) and Q of 1/k: the exact
+    win rate of a policy that weighs the group's responses by exp(d), ties one half.
+
+    Parameters
+    ----------
+    logratios, targets : (n_groups, k) Tensor
+        Log-ratios and their targets, which order the responses, nats.
+    mask : (n_groups, k) bool Tensor
+        True where a group has a response.
+    procedure : Procedure
+        Applied on both sides; h is its distortion.
+
+    Returns
+    -------
+    (n_groups,) Tensor
+        Between 0 and 1; 1/2 where all log-ratios are equal.
+    """
+    policy = torch.softmax(logratios.masked_fill(~mask, float("-inf")), 1)
+    reference = mask.to(policy.dtype) / mask.sum(1, keepdim=True)
+    values = torch.where(mask, targets, 0.0)
+    below = (values.unsqueeze(1) < values.unsqueeze(2)).to(policy.dtype)
+    tied = ((values.unsqueeze(1) == values.unsqueeze(2)) & mask.unsqueeze(1)).to(policy.dtype)
+    # each response stands for its level, at an equal share among the level's responses
+    lower = [(below @ p.unsqueeze(2)).squeeze(2) for p in (policy, reference)]
+    upper = [
+        (a + (tied @ p.unsqueeze(2)).squeeze(2)).clamp(max=1.0)
+        for a, p in zip(lower, (policy, reference), strict=True)
+    ]
+    h = [[distortion(procedure, q) for q in part] for part in (lower, upper)]
+    levels = (h[1][0] - h[0][0]) * (h[1][1] + h[0][1]) / 2
+    return torch.where(mask, levels / tied.sum(2).clamp(min=1), 0.0).sum(1)
+
+
+def distortion(procedure: Procedure, q: Tensor) -> Tensor:
+    r"""Apply a procedure's distortion on the device.
+
+    .. math:: h(q) = \sum_{i < k} \binom{n}{i} q^{n - i} (1 - q)^i
+
+    for the k-th best of n: at most i = k - 1 of the n draws lie above.
+
+    Parameters
+    ----------
+    procedure : Procedure
+        A mixture of order statistics, as all of them are.
+    q : Tensor
+        In [0, 1].
+
+    Returns
+    -------
+    Tensor
+        As ``q``.
+    """
+    total = torch.zeros_like(q)
+    for weight, k, n in procedure.order_statistics:
+        if 2 * k > n:  # fewer terms in the complement
+            total = total + weight * (1 - _binomial_sum(q, n, range(k, n + 1)))
+        else:
+            total = total + weight * _binomial_sum(q, n, range(k))
+    return total
+
+
+def _binomial_sum(q: Tensor, n: int, above: range) -> Tensor:
+    """Sum the probabilities that so many of n draws lie above q; in logs, for large n."""
+    total = torch.zeros_like(q)
+    for i in above:
+        log_ways = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+        below = torch.xlogy(torch.full_like(q, n - i), q)
+        total += torch.exp(log_ways + below + torch.special.xlog1py(torch.full_like(q, i), -q))
+    return total
+
+
+def token_metrics(batch: Mapping[str, Tensor]) -> Sums:
+    """Summarise a batch's tokens.
+
+    Parameters
+    ----------
+    batch : mapping of str to Tensor
+        From :func:`ctrl_dpo.engine.batches.collate`.
+
+    Returns
+    -------
+    dict of str to (Tensor, Tensor)
+        ``response_length`` (tokens, end token included), ``truncated``, the share of responses
+        without their end, and the tokens computed, prompts included.
+    """
+    cut = batch["truncated"]
+    responses = torch.full_like(cut[0], len(cut))
+    return {
+        "response_length": (torch.full_like(cut[0], len(batch["token_ids"])), responses),
+        "truncated": (cut.sum(), responses),
+        # the time is filled in when the mean is taken
+        SPEED: ((batch["segments"] >= 0).to(cut.dtype).sum(), torch.zeros_like(responses)),
     }
 
 
 class RunningMeans:
-    """Sums of numerators and denominators since the last log."""
+    """Sums of numerators and denominators since the last log, over batches and processes."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._since: float | None = None
+
+    def start(self) -> None:
+        """Start the clock of tokens per second, unless it runs."""
+        if self._since is None:
+            self._since = time.perf_counter()
 
     def add(self, metrics: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Add a batch's metrics."""
-        for name, (top, bottom) in metrics.items():
-            before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (before[0] + top.detach(), before[1] + bottom.detach())
+        self._names = list(metrics)
+        sums = torch.stack([part.detach().float() for pair in metrics.values() for part in pair])
+        self._sums = sums if self._sums is None else self._sums + sums
 
-    def means(self) -> dict[str, float]:
-        """Return the means and start again; the only place that waits for the device."""
-        values = {
-            n: float(top) / float(bottom) for n, (top, bottom) in self._sums.items() if bottom
-        }
-        self._sums = {}
-        return values
+    def means(self, accelerator: Any = None) -> dict[str, float]:
+        """Return the means and start again; the only place that waits for the device.
 
-    def state_dict(self) -> dict[str, tuple[Tensor, Tensor]]:
+        Parameters
+        ----------
+        accelerator : accelerate.Accelerator, optional
+            Adds up the sums of all processes, in one call; all of them have to make it.
+
+        Returns
+        -------
+        dict of str to float
+            By name; what had no denominator is left out.
+        """
+        if self._sums is None:
+            return {}
+        sums = self._sums
+        if accelerator is not None and accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums, "sum")
+        pairs = dict(zip(self._names, sums.view(-1, 2).tolist(), strict=True))
+        if self._since is not None and SPEED in pairs:
+            pairs[SPEED][1] = time.perf_counter() - self._since
+        self._sums = self._since = None
+        return {name: top / bottom for name, (top, bottom) in pairs.items() if bottom}
+
+    def state_dict(self) -> dict[str, Any]:
         """Return the sums, for a checkpoint between two logs."""
-        return dict(self._sums)
+        return {"names": list(self._names), "sums": self._sums}
 
-    def load_state_dict(self, state: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint's sums."""
-        self._sums = dict(state)
+        self._names, self._sums = list(state["names"]), state["sums"]

@@ -70,7 +70,10 @@ def load_model(
 
     torch_dtype = DTYPES[check_choice("dtype", dtype, DTYPES)]
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").exists() and list(folder.glob("*.gguf")):
+    is_gguf = folder.suffix == ".gguf" or (
+        folder.is_dir() and not (folder / "config.json").exists() and list(folder.glob("*.gguf"))
+    )
+    if is_gguf:
         raise ValueError(
             f"model must be a folder with config.json and safetensors; got {str(name)!r}, which "
             "holds a GGUF file. Convert it once: from_pretrained(gguf_file=), then save_pretrained."
@@ -111,12 +114,33 @@ def fix_8bit_forward(model: torch.nn.Module) -> None:
     # one warning per layer and forward pass about the cast of the activations
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in linear_8bit_modules(model):
-        module.register_forward_pre_hook(_set_training)
+        if _set_training not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_set_training)
 
 
 def _set_training(module: torch.nn.Module, args: object) -> None:
     """Set the flag on one layer only; a lambda could not be pickled by a checkpoint."""
     module.training = True
+
+
+def switch_dropout_off(model: Any) -> None:
+    """Set the base model's dropout to 0; an adapter's own is left.
+
+    A log-ratio compares two functions: noise on one of them would be taken for a difference.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        Changed in place.
+    """
+    prefix = model.base_model.prefix if hasattr(model, "get_base_model") else None
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = module.p if prefix is not None and prefix in name else 0.0
+            continue
+        for key, value in vars(module).items():
+            if key.endswith("dropout") and isinstance(value, float):
+                setattr(module, key, 0.0)
 
 
 def load_policy(
@@ -126,6 +150,7 @@ def load_policy(
     load_in_8bit: bool = False,
     device: str | torch.device | None = None,
     base: str | Path | None = None,
+    trainable: bool = False,
 ) -> Any:
     """Load a model folder or, where it holds an adapter, the base model with the adapter on it.
 
@@ -137,6 +162,8 @@ def load_policy(
         As in :func:`load_model`.
     base : str or Path, optional
         Base model of an adapter, when it has moved since the adapter was saved.
+    trainable : bool
+        Whether the adapter's weights can be trained.
 
     Returns
     -------
@@ -149,7 +176,7 @@ def load_policy(
 
     source = base or PeftConfig.from_pretrained(str(name)).base_model_name_or_path
     model = load_model(source, dtype=dtype, load_in_8bit=load_in_8bit, device=device)
-    policy = PeftModel.from_pretrained(model, str(name)).eval()
+    policy = PeftModel.from_pretrained(model, str(name), is_trainable=trainable).eval()
     speed_up_adapters(policy)  # the products of training: the policy drawn is the one trained
     return policy
 

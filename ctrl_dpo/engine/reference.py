@@ -52,7 +52,8 @@ def compute_rows(
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        See :func:`reference_logps`.
+        While it computes the reference policy, see
+        :meth:`ctrl_dpo.engine.policies.ReferencePolicy.computing`.
     rows : sequence of mapping
         ``prompt_ids`` and ``response_ids``.
     batch_size : int
@@ -72,7 +73,8 @@ def compute_rows(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([_tokens(rows[i]) for i in chosen], share)
-        values = reference_logps(model, {k: v.to(model.device) for k, v in batch.items()})
+        with torch.no_grad():
+            values = response_logps(model, {k: v.to(model.device) for k, v in batch.items()})
         parts = torch.split(values, [len(rows[i]["response_ids"]) for i in chosen])
         yield from zip(chosen, (part.tolist() for part in parts), strict=True)
 
@@ -90,7 +92,8 @@ def add_reference_logps(
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        See :func:`reference_logps`.
+        While it computes the reference policy, see
+        :meth:`ctrl_dpo.engine.policies.ReferencePolicy.computing`.
     rows : sequence of dict
         Training rows; changed in place.
     key : str

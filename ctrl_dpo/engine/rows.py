@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ctrl_dpo._validation import check_finite, check_positive
+from ctrl_dpo._validation import check_columns, check_finite, check_positive
 from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
+from ctrl_dpo.data.layouts import to_groups
 from ctrl_dpo.data.token_groups import TokenizedGroup, count_tokens
 from ctrl_dpo.data.tokens import tokenize_group
+from ctrl_dpo.labels.groups import RAW
 from ctrl_dpo.relabel import relabel
+from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
+_RECOMPUTE = "Remove the column, and they are computed."
 _RELABEL = "Run `ctrl-dpo relabel` first, or set procedure and target_kl in the configuration."
 
 
@@ -27,9 +32,11 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
     Parameters
     ----------
     dataset : Dataset
-        Relabelled groups, scored groups, pairs with ``margin``, or plain pairs.
+        Relabelled groups, scored groups, unpaired scored responses (``prompt, response, reward``),
+        pairs with ``margin``, or plain pairs.
     config : CTRLDPOConfig
-        Its ``procedure``, ``transformation``, ``beta`` and ``target_kl`` relabel scored groups.
+        Its ``procedure``, ``transformation``, ``calibration``, ``beta`` and ``target_kl`` relabel
+        scored groups.
 
     Returns
     -------
@@ -45,28 +52,64 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
     if len(dataset) == 0:
         raise ValueError("train_dataset must have at least one row; got 0.")
     if columns.CHOSEN in names and columns.REJECTED in names:
-        if columns.MARGIN not in names and config.loss not in HARD_LABEL_LOSSES:
-            raise ValueError(
-                f"pairs must have a column 'margin' for loss={config.loss!r}; got {sorted(names)}. "
-                "Relabel scored groups and export pairs, or use loss='dpo'."
-            )
+        _check_pairs(names, config)
         return dataset
     if columns.TRANSFORMED_REWARDS in names:
         return dataset
+    if columns.RESPONSE in names and columns.REWARD in names:
+        dataset = _groups_of_one(dataset, config)
+        names = dataset.column_names
     if columns.RESPONSES not in names or columns.REWARDS not in names:
         raise ValueError(
-            "train_dataset must hold groups (prompt, responses, rewards) or pairs (prompt, chosen, "
-            f"rejected); got {sorted(names)}. See the README's data format."
+            "train_dataset must hold groups (prompt, responses, rewards), pairs (prompt, chosen, "
+            "rejected) or single responses (prompt, response, reward); got "
+            f"{sorted(names)}. See the README's data format."
         )
-    if config.procedure is None:
+    procedure, transformation = config.procedure, config.transformation
+    if procedure is None and (transformation == RAW or config.loss in HARD_LABEL_LOSSES):
+        # raw rewards, or their order, as those who proposed these losses used them: for one draw
+        procedure, transformation = "single_draw", RAW
+    if procedure is None:
         raise ValueError(f"procedure must be given for unlabelled groups; got None. {_RELABEL}")
     return relabel(
         dataset,
-        procedure=config.procedure,
-        transformation=config.transformation,
+        procedure=procedure,
+        transformation=transformation,
         beta=config.beta,
         target_kl=config.target_kl,
+        calibration=config.calibration,
     )
+
+
+def _check_pairs(names: list[str], config: CTRLDPOConfig) -> None:
+    """Raise where pairs lack what the loss needs."""
+    check_columns(names, [columns.PROMPT], "to_groups splits pairs with an implicit prompt.")
+    if columns.MARGIN not in names and config.loss not in HARD_LABEL_LOSSES:
+        raise ValueError(
+            f"pairs must have a column 'margin' for loss={config.loss!r}; got {sorted(names)}. "
+            "Relabel scored groups and export pairs, or use loss='dpo'."
+        )
+    if config.anchor > 0:
+        raise ValueError(
+            f"anchor must be 0 for pairs, whose margin is a difference; got {config.anchor!r}. "
+            "Train on the relabelled groups themselves."
+        )
+
+
+def _groups_of_one(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
+    """Return unpaired responses as groups, or raise where there is nothing to rank them among."""
+    if config.anchor == 0 or config.transformation == RAW:
+        raise ValueError(
+            f"anchor must be > 0 for unpaired responses; got {config.anchor!r}. A contrastive loss "
+            "compares responses of one prompt: set anchor=1, or give groups."
+        )
+    if columns.REFERENCE_REWARDS not in dataset.column_names and config.calibration != "pooled":
+        raise ValueError(
+            "unpaired responses must have a column 'reference_rewards', rewards of draws of the "
+            f"reference policy; got {sorted(dataset.column_names)}. Draw and score some, or set "
+            "calibration='pooled'."
+        )
+    return to_groups(dataset, "unpaired", same_prompt="keep")
 
 
 def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
@@ -98,19 +141,42 @@ def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
             raise ValueError(
                 f"{column} must be one for the whole dataset; got {sorted(found)[:4]}. Relabel it."
             )
-        same = not found or wanted is None or found[0] == wanted
+        same = not found or wanted is None or found[0] == wanted or config.accept_other_labels
         if isinstance(wanted, float) and found:
-            same = abs(found[0] - wanted) <= 1e-6 * wanted
+            same = same or abs(found[0] - wanted) <= 1e-6 * wanted
         if not same:
             raise ValueError(
                 f"{column} must be that of the relabelled dataset, {found[0]!r}; got {wanted!r}. "
-                "Relabel the data for it, or leave it out of the configuration."
+                "Relabel the data for it, leave it out of the configuration, or set "
+                "accept_other_labels."
             )
-    if columns.BETA in dataset.column_names:
+    if columns.BETA in dataset.column_names and not config.accept_other_labels:
         return check_positive("beta", float(dataset[0][columns.BETA]))
     if config.beta is None:
         raise ValueError("beta must be given, since the dataset has no column 'beta'; got None.")
     return config.beta
+
+
+def resolve_procedure(dataset: Dataset, config: CTRLDPOConfig) -> Procedure | None:
+    """Return how the policy will be used, for the predicted win rate; None where nobody says.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        From :func:`labelled`.
+    config : CTRLDPOConfig
+        Its ``procedure`` comes first.
+
+    Returns
+    -------
+    Procedure or None
+        The configuration's, else the dataset's.
+    """
+    if config.procedure is not None:
+        return parse_procedure(config.procedure)
+    if columns.PROCEDURE not in dataset.column_names:
+        return None
+    return parse_procedure(dataset[0][columns.PROCEDURE])
 
 
 def training_rows(
@@ -132,18 +198,24 @@ def training_rows(
     Returns
     -------
     rows : list of dict
-        ``prompt_ids``, ``response_ids``, ``targets`` (nats) and, where the dataset has them,
-        ``reference_logps``.
+        ``prompt_ids``, ``response_ids``, ``targets`` (nats), ``truncated``, ``weight`` and, where
+        the dataset has them, ``reference_logps``.
     counts : dict of str to int
         Rows in, kept and dropped, and what tokenisation did.
 
     Raises
     ------
     ValueError
-        If a target is not finite, or no row is left.
+        If no row is left, a target is not finite, a weight is not a finite number >= 0, or
+        log-probabilities of the dataset are of tokens that are cut.
     """
     rows, tokenised, dropped, cut_alike = [], [], 0, 0
     for index, row in enumerate(dataset):
+        if config.anchor > 0 and row.get(columns.LOG_NORMALISER) is None:
+            raise ValueError(
+                f"anchor must be 0 where the normaliser is not known; got {config.anchor!r} with "
+                f"transformation {row[columns.TRANSFORMATION]!r} at row {index}."
+            )
         group = _group(row, beta)
         check_finite(f"targets of train_dataset's row {index}", group["targets"])
         if len(group["responses"]) < 2 and config.anchor == 0:
@@ -159,7 +231,9 @@ def training_rows(
                 "prompt_ids": tokens.prompt_ids,
                 "response_ids": tokens.response_ids,
                 "targets": group["targets"],
-                "reference_logps": group.get(columns.REFERENCE_LOGPS),
+                "truncated": _truncated(group, tokens),
+                "weight": _weight(row, index),
+                "reference_logps": _reference_logps(row, tokens, index),
             }
         )
     if not rows:
@@ -189,6 +263,42 @@ def warn_of_overlap(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]])
         )
 
 
+def _truncated(group: Mapping[str, Any], tokens: TokenizedGroup) -> list[bool]:
+    """Tell which responses lack their end: cut here, or by the limit they were drawn with."""
+    finished = group.get(columns.FINISHED) or [True] * len(tokens.truncated)
+    return [cut or not done for cut, done in zip(tokens.truncated, finished, strict=True)]
+
+
+def _weight(row: Mapping[str, Any], index: int) -> float:
+    """Return the weight of a row in the loss."""
+    weight = row.get(columns.WEIGHT, 1.0)
+    if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(
+            f"weight must be a finite number >= 0; got {weight!r} at row {index}. Mend or drop it."
+        )
+    return float(weight)
+
+
+def _reference_logps(
+    row: Mapping[str, Any], tokens: TokenizedGroup, index: int
+) -> list[float] | None:
+    """Return the dataset's log-probabilities, unless they are of other tokens."""
+    values: list[float] | None = row.get(columns.REFERENCE_LOGPS)
+    if values is None:
+        return None
+    if len(values) != len(tokens.response_ids) or not all(map(math.isfinite, values)):
+        raise ValueError(
+            "reference_logps must be one finite number per response; got "
+            f"{values!r} for {len(tokens.response_ids)} responses at row {index}. {_RECOMPUTE}"
+        )
+    if tokens.prompt_truncated or any(tokens.truncated):
+        raise ValueError(
+            f"reference_logps must be of the tokens trained on; got a row that the length limits "
+            f"cut at row {index}. {_RECOMPUTE}"
+        )
+    return values
+
+
 def _tokenise(group: Mapping[str, Any], tokenizer: Any, config: CTRLDPOConfig) -> TokenizedGroup:
     return tokenize_group(
         tokenizer,
@@ -204,7 +314,7 @@ def _tokenise(group: Mapping[str, Any], tokenizer: Any, config: CTRLDPOConfig) -
 def _group(row: Mapping[str, Any], beta: float) -> dict[str, Any]:
     """Bring a group or a pair into one form: responses with their target log-ratios."""
     if columns.CHOSEN not in row:
-        shift = row[columns.LOG_NORMALISER]
+        shift = row[columns.LOG_NORMALISER] or 0.0  # raw rewards have none, and no anchor
         targets = [phi / beta - shift for phi in row[columns.TRANSFORMED_REWARDS]]
         return {**row, "targets": targets}
     margin = row.get(columns.MARGIN)

@@ -15,6 +15,7 @@ from ctrl_dpo.theory.rank_targets import RankOptimal
 from ctrl_dpo.transform import transformed_rewards
 
 LEVELS = "levels"
+RAW = "raw"
 ADDED = (
     columns.CALIBRATED_REWARDS,
     columns.TRANSFORMED_REWARDS,
@@ -67,14 +68,17 @@ def relabel_batch(
             f"{name} must hold at least one reward; got none at row {row}. Draw from the reference "
             "policy first, drop that row, or use calibration='pooled'."
         )
+    log_normaliser: float | FloatArray | None
     counts = count_below_and_tied(rewards.padded(), reference.padded())
     below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
     k = np.repeat(reference.lengths, rewards.lengths)
-    log_normaliser: float | FloatArray
     if isinstance(estimator, RankOptimal):
         # these targets are log-ratios already, of normaliser 1
         transformed = beta * _rank_optimal(estimator, below, tied, k, inside)
         log_normaliser = 0.0
+    elif estimator == RAW:
+        # the normaliser of a raw reward is not known
+        transformed, log_normaliser = rewards.values, None
     elif estimator == LEVELS:
         transformed, log_normaliser = level_labels(transformation, rewards, reference, beta)
     else:
@@ -87,7 +91,9 @@ def relabel_batch(
     lists = {name: to_lists(values, rewards.lengths) for name, values in made.items()}
     n = len(indices)
     constant = {
-        columns.LOG_NORMALISER: pa.array(np.broadcast_to(log_normaliser, n).copy()),
+        columns.LOG_NORMALISER: pa.nulls(n, pa.float64())
+        if log_normaliser is None
+        else pa.array(np.broadcast_to(log_normaliser, n).copy()),
         columns.BETA: pa.array(np.full(n, beta)),
         columns.PROCEDURE: pa.array([procedure] * n),
         columns.TRANSFORMATION: pa.array([str(transformation)] * n),

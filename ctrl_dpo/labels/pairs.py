@@ -206,7 +206,7 @@ def pair_batch(
         text = _entries(table, columns.RESPONSES, pairs.row, side)
         made[name] = _messages(text) if conversational else text
     made[columns.MARGIN] = pa.array(pairs.margin)
-    for name in (*_CONSTANT, columns.SAMPLED_FROM):
+    for name in (*_CONSTANT, columns.SAMPLED_FROM, columns.WEIGHT):
         if name not in table.column_names:
             continue
         made[name] = one_array(table, name).take(pa.array(pairs.row))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 
+import numpy as np
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, pairs, relabel
+from ctrl_dpo.engine.footprint import optimizer_footprint
 
 
 def scored(count: int = 4, k: int = 3) -> Dataset:
@@ -175,11 +179,83 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         made.train()
 
 
-def test_a_wrong_reference_stops_the_run_before_the_first_update(tmp_path):
-    data = labels()
-    data = data.add_column("reference_logps", [[-1.0, -2.0, -3.0]] * len(data))
-    with pytest.raises(ValueError, match="before the first update must be within .* nats; got"):
-        trainer(tmp_path, data).train()
+def test_raw_rewards_are_fitted_as_they_are(tmp_path):
+    settings = {"transformation": "raw", "beta": 2.0, "max_steps": 150}
+    made = trainer(tmp_path, scored(), per_device_train_batch_size=4, **settings)
+    assert made.train_dataset[0]["targets"] == [0.0, 1.0, 2.0]  # rewards over beta
+    made.train()
+    assert logged(tmp_path)[-1]["fit/r2"] > 0.95
+
+
+def test_unpaired_responses_train_with_an_anchor(tmp_path):
+    data = Dataset.from_dict(
+        {
+            "prompt": [f"q{i}" for i in range(4)],
+            "response": ["a", "b", "c", "d"],
+            "reward": [0.0, 1.0, 2.0, 3.0],
+            "reference_rewards": [np.arange(4.0).repeat(8).tolist()] * 4,
+        }
+    )
+    settings = {"procedure": "best_of_2", "transformation": "identity", "beta": 0.3}
+    settings |= {"anchor": 1.0, "max_steps": 150, "per_device_train_batch_size": 4}
+    made = trainer(tmp_path, data, **settings)
+    made.train()
+    assert logged(tmp_path)[-1]["loss"] < 1e-2 < logged(tmp_path)[0]["loss"]
+    # the only response of its prompt is at its own target: nothing else could place it
+    wanted = sum(row["targets"][0] for row in made.train_dataset) / 4
+    assert logged(tmp_path)[-1]["rewards/chosen"] / 0.3 == pytest.approx(wanted, abs=0.1)
+
+
+def test_a_row_of_weight_0_is_not_learned(tmp_path):
+    steps = {"max_steps": 40, "per_device_train_batch_size": 4}
+    weighted = labels().add_column("weight", [1.0, 1.0, 0.0, 0.0])
+    trainer(tmp_path / "weighted", weighted, **steps).train()
+    loss, half = (
+        logged(tmp_path / "weighted")[0]["loss"],
+        trainer(tmp_path / "half", labels().select([0, 1]), **steps),
+    )
+    half.train()
+    # the mean divides by all four rows
+    assert loss == pytest.approx(logged(tmp_path / "half")[0]["loss"] / 2, rel=1e-6)
+
+
+def test_metrics_of_a_step(tmp_path):
+    data = labels(procedure="best_of_4", transformation="optimal", beta=0.2)
+    made = trainer(tmp_path, data, max_steps=1, gradient_accumulation_steps=2)
+    made.train()
+    row = logged(tmp_path)[0]
+    assert row["win_rate/predicted"] == pytest.approx(0.5, abs=1e-6)
+    assert row["kl/self_normalised"] == pytest.approx(0.0, abs=1e-6)
+    assert row["normalisation"] == 1.0
+    # letters and digits, and the end token: 3, 5, 7 tokens in each of the four groups
+    assert row["response_length"] == 5.0
+    assert row["truncated"] == 0.0
+    assert row["tokens_per_second"] > 0
+    logps = [x for group in made.train_dataset for x in group["reference_logps"]]
+    best = [max(range(3), key=g["targets"].__getitem__) for g in made.train_dataset]
+    chosen = [logps[3 * i + j] for i, j in enumerate(best)]
+    assert row["logps/chosen"] == pytest.approx(np.mean(chosen), rel=1e-5)
+
+
+def test_bytes_and_bits_are_logged(tmp_path, tiny_model_folder, caplog):
+    settings = {"load_in_8bit": True, "model_dtype": "bfloat16", "max_steps": 1}
+    with caplog.at_level(logging.INFO, "ctrl_dpo"):
+        made = trainer(tmp_path, model=str(tiny_model_folder), **settings)
+        made.train()
+    # q and o 32 x 32, k and v 16 x 32, three of 64 x 32; a float32 scale for each output row
+    weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
+    size = weights + 4 * 2 * (2 * 32 + 2 * 16 + 2 * 64 + 32)
+    assert f"weights, linear: {size} bytes, {8 * size / weights:.2f} bits each" in caplog.text
+    assert f"weights, embedding: {259 * 32 * 2} bytes, 16.00 bits each" in caplog.text
+    # no tensor of this adapter has the 4096 elements from which bitsandbytes keeps 8 bits
+    assert "optimiser state" in caplog.text
+    assert ", 0.0 % of it in 8 bits" in caplog.text
+    large = torch.nn.Parameter(torch.ones(64, 64))
+    small = torch.nn.Parameter(torch.ones(64))
+    large.grad, small.grad = torch.ones(64, 64), torch.ones(64)
+    optimizer = AdamW8bit([large, small])
+    optimizer.step()
+    assert optimizer_footprint(optimizer)["share_8bit"] == pytest.approx(4096 / (4096 + 64))
 
 
 def test_evaluation_reports_its_own_metrics(tmp_path):

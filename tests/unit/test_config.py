@@ -36,6 +36,13 @@ def test_defaults(tmp_path):
         ({"max_response_length": 0}, "max_response_length must be an integer >= 1; got 0"),
         ({"anchor": -0.1}, "anchor must be >= 0; got -0.1"),
         ({"anchor": 0.5, "loss": "softmax"}, "anchor must be 0 unless .*; got loss='softmax'"),
+        ({"anchor": 1.0, "transformation": "raw"}, "anchor must be 0 where .*; got .*'raw'"),
+        (
+            {"anchor": 1.0, "accept_other_labels": True, "beta": 1.0},
+            "anchor must be 0 .* accept_other_labels=True",
+        ),
+        ({"accept_other_labels": True}, "beta must be given with accept_other_labels; got None"),
+        ({"calibration": "none"}, "calibration must be one of .*; got 'none'"),
         ({"beta": 1.0, "target_kl": 1.0}, "beta and target_kl exclude each other; got 1.0 and 1.0"),
         ({"loss": "dpo"}, "beta must be given for loss='dpo'; got None"),
         ({"procedure": "best_of_none"}, "got 'best_of_none'"),

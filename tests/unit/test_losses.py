@@ -169,3 +169,31 @@ def test_numbers_are_arranged_by_group_and_place():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_loss_says_what_minimises_it(name):
     assert "inimiser" in getattr(losses, name).__doc__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_is_a_factor_of_value_and_gradient(name, rng):
+    t = torch.tensor(rng.normal(size=(3, 4)))
+    d = torch.tensor(rng.normal(size=(3, 4)), requires_grad=True)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    weights = torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64)
+    plain = group_loss(name, d, t, mask, beta=BETA, anchor=0.0)
+    (plain_grad,) = torch.autograd.grad(plain.sum(), d)
+    weighted = group_loss(name, d, t, mask, beta=BETA, anchor=0.0, weights=weights)
+    (grad,) = torch.autograd.grad(weighted.sum(), d)
+    assert torch.equal(weighted, weights * plain)
+    assert grad == pytest.approx(weights.unsqueeze(1) * plain_grad, abs=1e-12)
+
+
+def test_on_raw_rewards_the_fits_are_rebel_and_rpo(rng):
+    """With targets r / beta, by the formulas of their papers for one pair."""
+    (d1, d2), (r1, r2) = rng.normal(size=2), rng.normal(size=2)
+    targets = [[r1 / BETA, r2 / BETA]]
+    rebel = ((d1 - d2) / (1 / BETA) - (r1 - r2)) ** 2  # eta = 1 / beta
+    found = compute("squared", [[d1, d2]], targets).item()
+    # a group of two averages over four ordered pairs, of which two count, each halved
+    assert found == pytest.approx(rebel / BETA**2 / 4)
+    a, b = 1 / (1 + math.exp(r2 - r1)), 1 / (1 + math.exp(BETA * (d2 - d1)))
+    entropy = -a * math.log(a) - (1 - a) * math.log(1 - a)
+    rpo = a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
+    assert compute("soft_label", [[d1, d2]], targets).item() == pytest.approx(rpo + entropy)

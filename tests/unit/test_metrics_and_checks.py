@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tiny import tiny_llama
+from scipy import special
+from tiny import tiny_llama, tiny_tokenizer
 
-from ctrl_dpo.engine.checks import check_model, check_step_zero
-from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics
+from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.checks import check_model, check_step_zero, check_tokenizer
+from ctrl_dpo.engine.metrics import (
+    RunningMeans,
+    batch_metrics,
+    distortion,
+    predicted_win_rate,
+    token_metrics,
+)
+from ctrl_dpo.engine.models import load_model
+from ctrl_dpo.engine.policies import (
+    ADAPTER_OFF,
+    FROM_DATASET,
+    SECOND_MODEL,
+    ReferencePolicy,
+)
+from ctrl_dpo.theory.procedures import parse_procedure
 
 
 def test_metrics_by_numpy(rng):
     d, t, logps = (rng.normal(size=(3, 4)) for _ in range(3))
-    sizes, beta = [4, 2, 3], 0.3
+    sizes, beta = [4, 2, 1], 0.3
     mask = np.arange(4) < np.array(sizes)[:, None]
     tensors = [torch.tensor(np.where(mask, x, 99.0)) for x in (d, t)]
     found = batch_metrics(*tensors, torch.tensor(mask), torch.tensor(logps), beta)
@@ -30,13 +48,14 @@ def test_metrics_by_numpy(rng):
     wanted = {
         "rewards/chosen": beta * chosen.mean(),
         "rewards/rejected": beta * rejected.mean(),
-        "rewards/margins": beta * (chosen - rejected).mean(),
-        "rewards/accuracies": (chosen > rejected).mean(),
+        # the group of one has no margin
+        "rewards/margins": beta * (chosen - rejected)[:2].mean(),
+        "rewards/accuracies": (chosen > rejected)[:2].mean(),
         "logps/chosen": np.mean([r[2][i] for r, i in zip(rows, best, strict=True)]),
         "logps/rejected": np.mean([r[2][i] for r, i in zip(rows, worst, strict=True)]),
-        "logratios/margins": (chosen - rejected).mean(),
+        "logratios/margins": (chosen - rejected)[:2].mean(),
         "logratios/chosen_below_0": (chosen < 0).mean(),
-        "kl": np.mean(kl),
+        "kl/self_normalised": np.mean(kl),
         "normalisation": np.mean([w.mean() for w in weights]),
         "fit/r2": 1 - rest / spread,
     }
@@ -46,40 +65,152 @@ def test_metrics_by_numpy(rng):
 def test_running_means_add_batches_by_their_weights():
     means = RunningMeans()
     means.add({"a": (torch.tensor(3.0), torch.tensor(1.0)), "b": (torch.tensor(1.0),) * 2})
-    means.add({"a": (torch.tensor(1.0), torch.tensor(3.0))})
+    means.add({"a": (torch.tensor(1.0), torch.tensor(3.0)), "b": (torch.tensor(0.0),) * 2})
     assert means.means() == {"a": 1.0, "b": 1.0}
     assert means.means() == {}
+
+
+@pytest.mark.parametrize("text", ["single_draw", "best_of_4", "worst_of_4", "2nd_best_of_3"])
+def test_the_predicted_win_rate_is_that_of_the_enumerated_policy(text, rng):
+    procedure = parse_procedure(text)
+    d, rewards = rng.normal(size=(3, 6)), rng.integers(0, 4, size=(3, 6)).astype(float)
+    mask = np.arange(6) < np.array([6, 4, 1])[:, None]
+    tensors = (torch.tensor(np.where(mask, x, 7.0)) for x in (d, rewards))
+    found = predicted_win_rate(*tensors, torch.tensor(mask), procedure)
+    for row, size in enumerate(mask.sum(1)):
+        p, r = special.softmax(d[row, :size]), rewards[row, :size]
+        win = 0.0
+        h = procedure.distortion
+        for level in np.unique(r):  # by the definition, over distinct rewards
+            served = h(min(1.0, p[r <= level].sum())) - h(p[r < level].sum())
+            beaten = (h((r <= level).mean()) + h((r < level).mean())) / 2
+            win += served * beaten
+        assert found[row].item() == pytest.approx(win, abs=1e-12)
+    still = predicted_win_rate(torch.zeros(1, 4), torch.rand(1, 4), torch.ones(1, 4) > 0, procedure)
+    assert still.item() == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text", ["single_draw", "best_of_1000", "worst_of_1000", "3rd_best_of_9", "900th_best_of_2000"]
+)
+def test_the_distortion_on_the_device_is_that_of_the_theory(text):
+    q = np.linspace(0, 1, 101)
+    found = distortion(parse_procedure(text), torch.tensor(q))
+    assert found.numpy() == pytest.approx(parse_procedure(text).distortion(q), abs=1e-9)
+
+
+def test_tokens_are_counted_and_timed(monkeypatch):
+    rows = [
+        {"prompt_ids": [5, 6], "response_ids": [[7, 2], [8, 9, 2]], "truncated": [False, True]},
+        {"prompt_ids": [5], "response_ids": [[7, 2]], "truncated": [False]},
+    ]
+    clock = iter([10.0, 14.0])
+    monkeypatch.setattr("ctrl_dpo.engine.metrics.time.perf_counter", lambda: next(clock))
+    means = RunningMeans()
+    means.start()
+    means.start()  # it runs
+    means.add(token_metrics(collate([rows[0]])))
+    means.add(token_metrics(collate([rows[1]])))
+    # what is computed: 2 + 1 + 2 and 1 + 1 tokens, the last of a response predicts nothing
+    wanted = {"response_length": 7 / 3, "truncated": 1 / 3, "tokens_per_second": 7 / 4}
+    assert means.means() == pytest.approx(wanted)
+
+
+def test_metrics_are_summed_over_processes_in_one_call():
+    calls = []
+
+    class Two:
+        num_processes = 2
+
+        def reduce(self, sums, how):
+            calls.append(how)
+            return sums + torch.tensor([1.0, 3.0, 5.0, 1.0])
+
+    means = RunningMeans()
+    means.add({"a": (torch.tensor(3.0), torch.tensor(1.0)), "b": (torch.tensor(1.0),) * 2})
+    assert means.means(Two()) == {"a": 1.0, "b": 3.0}
+    assert calls == ["sum"]
 
 
 def lora(**settings) -> LoraConfig:
     return LoraConfig(r=2, task_type="CAUSAL_LM", **{"target_modules": ["q_proj"]} | settings)
 
 
+def adapted(config=None, **llama):
+    return get_peft_model(tiny_llama(**llama), config or lora())
+
+
+def refuse(model, message, kind=ADAPTER_OFF):
+    with pytest.raises(ValueError, match=message):
+        check_model(model, ReferencePolicy(kind, "x", "x", model if kind == ADAPTER_OFF else None))
+
+
+def test_models_that_can_be_trained_pass():
+    check_model(adapted(), ReferencePolicy(ADAPTER_OFF, "x", "x"))
+    check_model(tiny_llama(), ReferencePolicy(SECOND_MODEL, "x", "x", tiny_llama()))
+    check_model(tiny_llama(), ReferencePolicy(FROM_DATASET, "x", "x"))
+    bias = adapted(lora(bias="all"), attention_bias=True)
+    check_model(bias, ReferencePolicy(SECOND_MODEL, "x", "x", tiny_llama()))
+
+
 def test_models_that_cannot_be_trained_are_refused():
-    adapted = get_peft_model(tiny_llama(), lora())
-    check_model(adapted, None)
-    check_model(tiny_llama(), tiny_llama())
     frozen = tiny_llama().requires_grad_(False)
-    with pytest.raises(ValueError, match="must have trainable weights; got none. Give peft_config"):
-        check_model(frozen, None)
-    with pytest.raises(ValueError, match="ref_model must be given .*; got None"):
-        check_model(tiny_llama(), None)
-    prompt = get_peft_model(
-        tiny_llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    )
-    with pytest.raises(ValueError, match="must not be prompt learning; got .*PROMPT_TUNING"):
-        check_model(prompt, None)
-    head = get_peft_model(
-        tiny_llama(tie_word_embeddings=False), lora(target_modules=["q_proj", "lm_head"])
-    )
-    with pytest.raises(ValueError, match="must leave the output embeddings as they are"):
-        check_model(head, None)
+    refuse(frozen, "must have trainable weights; got none. Give peft_config")
+    refuse(tiny_llama(), "ref_model must be given .*; got None")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    refuse(adapted(prompt), "must not be prompt learning; got .*PROMPT_TUNING")
+    refuse(adapted(lora(bias="all"), attention_bias=True), "must be frozen .*; got 8 trainable")
+    several = adapted()
+    several.add_adapter("other", lora())
+    several.base_model.set_adapter(["default", "other"])
+    refuse(several, "must have one active adapter; got .'default', 'other'")
+    same = tiny_llama()
+    with pytest.raises(ValueError, match="must be a model of its own; got the one that is trained"):
+        check_model(same, ReferencePolicy(SECOND_MODEL, "x", "x", same))
+    native = tiny_llama()
+    native.add_adapter(lora())
+    refuse(native, "must be a PeftModel .*; got one that transformers loaded")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tied", "message"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, False, "leave the output embeddings as they"),
+        ({"modules_to_save": ["lm_head"]}, False, "leave the output embeddings as they are"),
+        ({"modules_to_save": ["embed_tokens"]}, True, "leave the .* embeddings as they are"),
+        (
+            {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+            True,
+            "must not have target_parameters; got",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_adapters_on_the_head_or_on_bare_parameters_are_refused(settings, tied, message):
+    refuse(adapted(lora(**settings), tie_word_embeddings=tied), message)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    check_tokenizer(tokenizer, tiny_llama(), "model")
+    with pytest.raises(ValueError, match="must fit ref_model; got 259 tokens for 200 embeddings"):
+        check_tokenizer(tokenizer, tiny_llama(vocab_size=200), "ref_model")
+    other = tiny_tokenizer()
+    tiny_llama().save_pretrained(tmp_path)
+    other.save_pretrained(tmp_path)
+    check_tokenizer(tokenizer, load_model(tmp_path, dtype="float32"), "model")
+    text = (tmp_path / "tokenizer.json").read_text()
+    vocab = json.loads(text)
+    letters = vocab["model"]["vocab"]
+    letters["a"], letters["b"] = letters["b"], letters["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match="the tokenizer of model; got another id for 2 of its 259"):
+        check_tokenizer(tokenizer, load_model(tmp_path, dtype="float32"), "model")
 
 
 def test_another_reference_is_refused():
-    check_step_zero(torch.tensor([0.0, 1e-4]), torch.float32)
-    check_step_zero(torch.tensor([0.3]), torch.bfloat16)
-    with pytest.raises(ValueError, match="must be within 0.001 nats; got 0.002"):
-        check_step_zero(torch.tensor([0.0, 0.002]), torch.float32)
-    with pytest.raises(ValueError, match="within 0.5 nats; got nan"):
+    check_step_zero(torch.tensor([0.0, -0.0]), torch.bfloat16)
+    with pytest.raises(ValueError, match="must be within 0 nats; got 1e-07"):
+        check_step_zero(torch.tensor([0.0, 1e-7]), torch.float32)
+    with pytest.raises(ValueError, match="within 0 nats; got nan"):
         check_step_zero(torch.tensor([float("nan")]), torch.bfloat16)

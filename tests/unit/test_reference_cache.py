@@ -23,6 +23,7 @@ from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import load_model
 from ctrl_dpo.engine.numerics import numerics
+from ctrl_dpo.engine.policies import ADAPTER_OFF, ReferencePolicy
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.reference_store import ReferenceStore
 
@@ -76,7 +77,9 @@ def test_the_adapter_is_off_for_the_reference(tmp_path):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
-    mine, theirs = fill(tmp_path, key="a", model=model)[0], fill(tmp_path, key="b")[0]
+    with ReferencePolicy(ADAPTER_OFF, "a", "a", model).computing() as reference:
+        mine = fill(tmp_path, key="a", model=reference)[0]
+    theirs = fill(tmp_path, key="b")[0]
     for a, b in zip(mine, theirs, strict=True):
         assert a["reference_logps"] == b["reference_logps"]
 
@@ -133,14 +136,14 @@ def test_the_default_folder_is_shared_by_all_runs(tmp_path, monkeypatch):
 
 def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch, caplog):
     whole, _ = fill(tmp_path / "whole")
-    original, calls = reference_module.reference_logps, itertools.count()
+    original, calls = reference_module.response_logps, itertools.count()
 
     def failing(*args):
         if next(calls) == 2:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(reference_module, "reference_logps", failing)
+    monkeypatch.setattr(reference_module, "response_logps", failing)
     with pytest.raises(KeyboardInterrupt):
         fill(tmp_path / "parts")
     caplog.set_level(logging.INFO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from datasets import Dataset
 from tiny import tiny_tokenizer
@@ -108,7 +109,7 @@ def test_a_response_alone_is_dropped_and_counted_unless_anchored(tmp_path):
     ("data", "settings", "message"),
     [
         (scored().select([]), {}, "at least one row; got 0"),
-        (scored().remove_columns("rewards"), {}, "must hold groups .* or pairs .*; got"),
+        (scored().remove_columns("rewards"), {}, "must hold groups .*, pairs .*; got"),
         (scored(), {"beta": 1.0}, "procedure must be given for unlabelled groups; got None"),
     ],
 )
@@ -130,6 +131,11 @@ def test_one_beta_and_one_procedure(tmp_path):
     ):
         resolve_beta(made, config(tmp_path, procedure="worst_of_4"))
     mixed = Dataset.from_list([made[0], {**made[1], "beta": 0.6}])
+    told = config(tmp_path, beta=0.7, procedure="worst_of_4", accept_other_labels=True)
+    assert resolve_beta(made, told) == 0.7
+    rows, _ = training_rows(made, tiny_tokenizer(), told, 0.7)
+    labels = made[0]["transformed_rewards"]
+    assert np.diff(rows[0]["targets"]) == pytest.approx(np.diff(labels) / 0.7)
     with pytest.raises(ValueError, match="beta must be one for the whole dataset; got .0.5, 0.6"):
         resolve_beta(mixed, config(tmp_path))
     with pytest.raises(ValueError, match="beta must be given, since the dataset has no column"):
@@ -155,3 +161,99 @@ def test_numbers_that_would_spoil_the_first_step_are_refused(changes, message, t
     data = Dataset.from_dict(made.to_dict() | changes)
     with pytest.raises(ValueError, match=message):
         rows_of(data, config(tmp_path))
+
+
+def test_raw_rewards_are_labels_without_a_normaliser(tmp_path):
+    rows, _ = rows_of(scored(), config(tmp_path, transformation="raw", beta=0.5))
+    assert [row["targets"] for row in rows] == [[0.0, 2.0, 4.0], [10.0, 6.0, 8.0]]
+    made = relabel(scored(), procedure="best_of_4", transformation="raw", beta=0.5)
+    assert made["log_normaliser"] == [None, None]
+    assert made["transformation"] == ["raw", "raw"]
+    assert pairs(made)["margin"] == [2.0, 2.0]
+    with pytest.raises(ValueError, match="anchor must be 0 where the normaliser is not known; got"):
+        rows_of(made, config(tmp_path, anchor=1.0))
+    # and their order is all that the hard-label losses need
+    rows, _ = rows_of(scored(), config(tmp_path, loss="dpo", beta=0.1))
+    assert np.argsort(rows[1]["targets"]).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_kl": 1.0}, "beta must be given for transformation='raw'; got target_kl=1.0"),
+        ({"beta": 1.0, "calibration": "pooled"}, "calibration must be left out .*; got 'pooled'"),
+        ({"beta": 1.0, "estimator": "levels"}, "estimator must be left out .*; got 'levels'"),
+        ({"beta": None}, "beta must be a number > 0; got None"),
+    ],
+)
+def test_what_raw_rewards_do_not_have_is_refused(settings, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        relabel(scored(), procedure="single_draw", transformation="raw", **settings)
+
+
+UNPAIRED = {"prompt": ["one", "one", "two"], "response": ["a", "b", "c"], "reward": [1.0, 2.0, 0.5]}
+
+
+def test_unpaired_responses_are_groups_of_one_with_known_targets(tmp_path):
+    drawn = np.random.default_rng(0).normal(size=(3, 50)).tolist()
+    data = Dataset.from_dict(UNPAIRED | {"reference_rewards": drawn, "weight": [1.0, 2.0, 0.5]})
+    args = config(
+        tmp_path, anchor=1.0, procedure="single_draw", transformation="identity", beta=0.5
+    )
+    rows, counts = rows_of(data, args)
+    assert (len(rows), counts["dropped_single_response"]) == (3, 0)
+    assert [row["weight"] for row in rows] == [1.0, 2.0, 0.5]
+    for row, draws, reward in zip(rows, drawn, UNPAIRED["reward"], strict=True):
+        # E[U] for j draws of 50 below, and the uniform normaliser of the identity
+        below = sum(x < reward for x in draws)
+        wanted = (below + 1) / 52 / 0.5 - np.log(0.5 * np.expm1(1 / 0.5))
+        assert row["targets"] == pytest.approx([wanted])
+    bare = Dataset.from_dict(UNPAIRED)
+    with pytest.raises(ValueError, match="must have a column 'reference_rewards', .*; got"):
+        rows_of(bare, args)
+    with pytest.raises(ValueError, match="anchor must be > 0 for unpaired responses; got 0.0"):
+        rows_of(data, config(tmp_path, procedure="single_draw", beta=0.5))
+    pooled = config(tmp_path, anchor=1.0, procedure="single_draw", beta=0.5, calibration="pooled")
+    rows, _ = rows_of(bare, pooled)
+    assert rows[1]["targets"] > rows[0]["targets"] > rows[2]["targets"]
+
+
+def test_weights_travel_with_groups_and_pairs(tmp_path):
+    made = relabel(scored(weight=[0.5, 3.0]), procedure="single_draw", beta=0.5)
+    assert [row["weight"] for row in rows_of(made, config(tmp_path))[0]] == [0.5, 3.0]
+    assert [row["weight"] for row in rows_of(pairs(made), config(tmp_path))[0]] == [0.5, 3.0]
+    for bad in (-1.0, float("nan"), None):
+        made = relabel(scored(weight=[1.0, bad]), procedure="single_draw", beta=0.5)
+        with pytest.raises(ValueError, match="weight must be a finite number >= 0; got .* row 1"):
+            rows_of(made, config(tmp_path))
+
+
+def test_pairs_need_their_prompt_and_no_anchor(tmp_path):
+    made = pairs(relabel(scored(), procedure="single_draw", beta=0.5))
+    with pytest.raises(ValueError, match="anchor must be 0 for pairs, .*; got 1.0"):
+        rows_of(made, config(tmp_path, anchor=1.0))
+    with pytest.raises(ValueError, match="column 'prompt' is missing .* implicit prompt"):
+        rows_of(made.remove_columns("prompt"), config(tmp_path))
+
+
+def test_reference_values_of_other_tokens_are_refused(tmp_path):
+    logps = [[-1.0, -2.0, -3.0]] * 2
+    made = relabel(scored(reference_logps=logps), procedure="single_draw", beta=0.5)
+    with pytest.raises(ValueError, match="of the tokens trained on; got .* cut at row 0. Remove"):
+        rows_of(made, config(tmp_path, max_response_length=1))
+    bad = relabel(scored(reference_logps=[[-1.0], [-2.0]]), procedure="single_draw", beta=0.5)
+    with pytest.raises(ValueError, match="one finite number per response; got .-1.0. for 3"):
+        rows_of(bad, config(tmp_path))
+
+
+def test_what_lacks_its_end_is_truncated(tmp_path):
+    made = relabel(
+        scored(response_ids=[[[9], [8, 7], [6]]] * 2, finished=[[True, False, True]] * 2),
+        procedure="single_draw",
+        beta=1.0,
+    )
+    assert rows_of(made, config(tmp_path))[0][0]["truncated"] == [False, True, False]
+    short = rows_of(scored(), config(tmp_path, procedure="single_draw", beta=1.0))[0]
+    assert short[0]["truncated"] == [False] * 3
+    cut = config(tmp_path, procedure="single_draw", beta=1.0, max_response_length=2)
+    assert rows_of(scored(), cut)[0][0]["truncated"] == [False, True, False]

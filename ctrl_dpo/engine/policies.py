@@ -1,0 +1,134 @@
+"""The trained policy and its reference policy: which model computes it, and how it is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ctrl_dpo.engine.identity import model_identity
+from ctrl_dpo.engine.models import adapter_off
+
+ADAPTER_OFF = "the model with its adapter off"
+FROZEN_ADAPTER = "a frozen copy of the adapter that came with the model"
+SECOND_MODEL = "a second model"
+FROM_DATASET = "log-probabilities of the dataset"
+
+
+@dataclass(frozen=True)
+class ReferencePolicy:
+    """The policy that log-ratios are taken against.
+
+    Parameters
+    ----------
+    kind : str
+        Which one, for the log.
+    identity : str
+        Hash of its weights, see :func:`ctrl_dpo.engine.identity.model_identity`.
+    start : str
+        The same of the policy that training starts from.
+    model : transformers.PreTrainedModel or peft.PeftModel, optional
+        What computes it; None where only the dataset's log-probabilities are there.
+    adapter : dict of str to Tensor, optional
+        Weights of the adapter as it came, where that is the reference policy.
+    """
+
+    kind: str
+    identity: str
+    start: str
+    model: Any = None
+    adapter: dict[str, torch.Tensor] | None = None
+
+    @contextmanager
+    def computing(self) -> Iterator[Any]:
+        """Yield the model, in evaluation mode, while it is the reference policy.
+
+        Yields
+        ------
+        transformers.PreTrainedModel or peft.PeftModel
+            The model; it is the trained policy again afterwards.
+
+        Raises
+        ------
+        ValueError
+            If there is no model to compute with.
+        """
+        if self.model is None:
+            raise ValueError(
+                "ref_model must be given for rows without reference_logps; got None. Give the "
+                "reference policy, or the column for every row."
+            )
+        was_training = self.model.training
+        contexts = {ADAPTER_OFF: adapter_off, FROZEN_ADAPTER: self._frozen_adapter}
+        with contexts.get(self.kind, nullcontext)(self.model):
+            try:
+                yield self.model.eval()
+            finally:
+                self.model.train(was_training)
+
+    @contextmanager
+    def _frozen_adapter(self, model: Any) -> Iterator[None]:
+        """Put the weights of the adapter as it came in place of the trained ones."""
+        frozen = self.adapter or {}
+        parameters = {name: p for name, p in model.named_parameters() if name in frozen}
+        trained = {name: p.detach().clone() for name, p in parameters.items()}
+        _fill(parameters, frozen)
+        try:
+            yield
+        finally:
+            _fill(parameters, trained)
+
+
+@torch.no_grad()
+def _fill(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def choose_reference(
+    model: Any, ref_model: Any, name: Any, *, new_adapter: bool, from_dataset: bool
+) -> ReferencePolicy:
+    """Settle on the one reference policy that a run has.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        The policy as it came, a new adapter not yet attached.
+    ref_model : transformers.PreTrainedModel or None
+        A reference policy of its own.
+    name : str, Path or None
+        Where the policy was loaded from.
+    new_adapter : bool
+        Whether an adapter is about to be attached.
+    from_dataset : bool
+        Whether the dataset has the log-probabilities of every row.
+
+    Returns
+    -------
+    ReferencePolicy
+        The second model if there is one; for a policy that came with an adapter a frozen copy of
+        that, unless it does nothing; otherwise the model with its adapter off.
+    """
+    identity = model_identity(model, name)
+    if ref_model is not None:
+        return ReferencePolicy(SECOND_MODEL, model_identity(ref_model), identity, ref_model)
+    if not hasattr(model, "disable_adapter"):
+        kind = FROM_DATASET if from_dataset and not new_adapter else ADAPTER_OFF
+        return ReferencePolicy(kind, identity, identity, model if new_adapter else None)
+    if adapter_is_zero(model):
+        base = model_identity(model, model.get_base_model().name_or_path, adapter=False)
+        return ReferencePolicy(ADAPTER_OFF, base, base, model)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return ReferencePolicy(FROZEN_ADAPTER, identity, identity, model, weights)
+
+
+def adapter_is_zero(model: Any) -> bool:
+    """Tell whether a LoRA adapter leaves the base model as it is, as one that was just made."""
+    config = model.active_peft_config
+    if getattr(config, "modules_to_save", None) or getattr(config, "use_dora", False):
+        return False
+    ends = [p for name, p in model.named_parameters() if "lora_B" in name]
+    return bool(ends) and not any(p.any() for p in ends)

@@ -1,0 +1,102 @@
+"""From what a user gives to a policy that can be trained and its reference policy, checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctrl_dpo.config import CTRLDPOConfig
+from ctrl_dpo.engine.adapters import speed_up_adapters
+from ctrl_dpo.engine.checks import check_8bit, check_model, check_tokenizer
+from ctrl_dpo.engine.models import (
+    fix_8bit_forward,
+    linear_8bit_modules,
+    load_policy,
+    switch_dropout_off,
+)
+from ctrl_dpo.engine.policies import ReferencePolicy, choose_reference
+
+
+def set_up_policies(
+    model: Any,
+    ref_model: Any,
+    peft_config: Any,
+    tokenizer: Any,
+    args: CTRLDPOConfig,
+    *,
+    from_dataset: bool,
+) -> tuple[Any, ReferencePolicy]:
+    """Load, check and prepare the policy, and settle on its reference policy.
+
+    Parameters
+    ----------
+    model, ref_model : str, Path, transformers.PreTrainedModel or peft.PeftModel
+        Policy and, optionally, a reference policy of its own; names are loaded as configured.
+    peft_config : peft.PeftConfig or None
+        Adapter to attach to a policy that has none.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        What the data is tokenised with.
+    args : CTRLDPOConfig
+        Type, 8 bits, device and seed.
+    from_dataset : bool
+        Whether the dataset has the reference policy's log-probabilities of every row.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        The policy on its device, its adapter attached, one function in training and evaluation.
+    reference : ReferencePolicy
+        What log-ratios are taken against.
+    """
+    name = model if isinstance(model, (str, Path)) else None
+    loading: dict[str, Any] = {"dtype": args.model_dtype, "load_in_8bit": args.load_in_8bit}
+    if name is not None:
+        model = load_policy(name, **loading, trainable=True)
+    if isinstance(ref_model, (str, Path)):
+        ref_model = load_policy(ref_model, **loading)
+    check_8bit(model, name, args.load_in_8bit, peft_config)
+    for what, each in (("model", model), ("ref_model", ref_model)):
+        if each is not None:
+            check_tokenizer(tokenizer, each, what)
+            _make_one_function(each, args)
+    reference = choose_reference(
+        model, ref_model, name, new_adapter=peft_config is not None, from_dataset=from_dataset
+    )
+    if peft_config is not None:
+        model = _with_adapter(model, peft_config, args.seed)
+        if ref_model is None:
+            reference = replace(reference, model=model)
+    check_model(model, reference)
+    speed_up_adapters(model)
+    if ref_model is not None:
+        speed_up_adapters(ref_model)  # the same products: both are one function at the start
+    return model, reference
+
+
+def mixed_precision(args: CTRLDPOConfig) -> torch.autocast:
+    """Return the context of all forward passes: policy's and reference's must be one."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16
+    return torch.autocast(args.device.type, dtype=dtype, enabled=args.bf16 or args.fp16)
+
+
+def _make_one_function(model: Any, args: CTRLDPOConfig) -> None:
+    """Make a model the same in training and evaluation, on the device of training."""
+    fix_8bit_forward(model)
+    switch_dropout_off(model)
+    if not linear_8bit_modules(model) and not hasattr(model, "hf_device_map"):
+        model.to(args.device)
+
+
+def _with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
+    if hasattr(model, "disable_adapter"):
+        raise ValueError(
+            "peft_config must be left out for a model that has an adapter; got "
+            f"{type(peft_config).__name__}. That adapter is trained on, against a frozen copy."
+        )
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)  # the adapter's start belongs to the seed of the run
+    return get_peft_model(model, peft_config)

@@ -1,0 +1,263 @@
+"""The reference policy in every mode: which one it is, and exactly 0 apart before an update."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+
+from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
+from ctrl_dpo.engine.policies import (
+    ADAPTER_OFF,
+    FROM_DATASET,
+    FROZEN_ADAPTER,
+    SECOND_MODEL,
+)
+
+
+def labels(count: int = 3, first: int = 0) -> Dataset:
+    rows = [
+        {
+            "prompt": f"question {i}",
+            "responses": [f"{'abc'[j]}{i}" * (2 * j + 1) for j in range(3)],
+            "rewards": [float((i + 2 * j) % 5) for j in range(3)],
+        }
+        for i in range(first, first + count)
+    ]
+    return relabel(
+        Dataset.from_list(rows), procedure="single_draw", transformation="identity", beta=0.2
+    )
+
+
+def lora(**settings) -> LoraConfig:
+    options = {"r": 8, "lora_dropout": 0.3, "target_modules": "all-linear"} | settings
+    return LoraConfig(task_type="CAUSAL_LM", **options)
+
+
+def trained(model, seed: int = 1):
+    """Attach an adapter that changes the model."""
+    torch.manual_seed(seed)
+    model = get_peft_model(model, lora())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.2)
+    return model
+
+
+def in_8bit(folder):
+    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantised, dtype=torch.float32
+    )
+    return model.requires_grad_(False)
+
+
+def build(tmp_path, model, data=None, ref_model=None, peft_config=None, **settings):
+    defaults = {
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "model_dtype": "float32",
+        "reference_cache": str(tmp_path / "reference"),
+    }
+    args = CTRLDPOConfig(str(tmp_path / "out"), **defaults | settings)
+    options = {"processing_class": tiny_tokenizer(), "ref_model": ref_model}
+    data = labels() if data is None else data
+    return CTRLDPOTrainer(model, args, data, peft_config=peft_config, **options)
+
+
+def of_dataset(tmp_path, folder, dtype, **settings):
+    """Build a trainer whose data carries what another one computed."""
+    made = build(tmp_path / "first", dtype(folder), peft_config=lora(), **settings)
+    values = [row["reference_logps"] for row in made.train_dataset]
+    data = labels().add_column("reference_logps", values)
+    return data.add_column("reference_computed", [made.reference_computed] * len(data))
+
+
+def make(mode, precision, folder, tmp_path):
+    settings = {"bf16": True} if precision == "autocast" else {}
+    if precision == "int8":
+        settings["optim"] = "adamw_8bit"
+    types = {
+        "float32": lambda f: AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32),
+        "bfloat16": lambda f: AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16),
+        "int8": in_8bit,
+    }
+    load = types.get(precision, types["float32"])
+    if mode == "adapter folder":
+        trained(load(folder)).save_pretrained(tmp_path / "adapter")
+        settings["load_in_8bit"] = precision == "int8"
+        return build(tmp_path, tmp_path / "adapter", **settings)
+    if mode.startswith("dataset"):
+        data = of_dataset(tmp_path, folder, load, **settings)
+        adapter = lora() if mode == "dataset, adapter" else None
+        return build(tmp_path, load(folder), data, peft_config=adapter, **settings)
+    made = {
+        "new adapter": lambda: {"model": load(folder), "peft_config": lora()},
+        "adapter that does nothing": lambda: {"model": get_peft_model(load(folder), lora())},
+        "trained adapter": lambda: {"model": trained(load(folder))},
+        "second model, adapter": lambda: {
+            "model": trained(load(folder)),
+            "ref_model": trained(load(folder)),
+        },
+        "second model, all weights": lambda: {"model": load(folder), "ref_model": load(folder)},
+    }
+    return build(tmp_path, **made[mode](), **settings)
+
+
+KINDS = {
+    "new adapter": ADAPTER_OFF,
+    "adapter that does nothing": ADAPTER_OFF,
+    "trained adapter": FROZEN_ADAPTER,
+    "adapter folder": FROZEN_ADAPTER,
+    "second model, adapter": SECOND_MODEL,
+    "second model, all weights": SECOND_MODEL,
+    "dataset, adapter": ADAPTER_OFF,
+    "dataset, all weights": FROM_DATASET,
+}
+CASES = [
+    (mode, precision)
+    for mode in KINDS
+    for precision in ("float32", "int8", "bfloat16", "autocast")
+    if not ("all weights" in mode and precision == "int8")
+]
+
+
+@pytest.fixture(autouse=True)
+def few_layers_of_optimiser_state():
+    """Keep bitsandbytes' process-wide list of modules as it was."""
+    from bitsandbytes.optim import GlobalOptimManager
+
+    manager = GlobalOptimManager.get_instance()
+    before = list(manager.module_weight_config_triple)
+    yield
+    manager.module_weight_config_triple[:] = before
+
+
+def logratios(made) -> torch.Tensor:
+    parts = []
+    for inputs in made.get_train_dataloader():
+        inputs = made._prepare_inputs(inputs)
+        with torch.no_grad():
+            parts.append(made._logps(made.model, inputs) - inputs["reference_logps"])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("mode", "precision"), CASES)
+def test_policy_and_reference_are_one_function_before_the_first_update(
+    mode, precision, tiny_model_folder, tmp_path
+):
+    made = make(mode, precision, tiny_model_folder, tmp_path)
+    assert made.reference.kind == KINDS[mode]
+    made.model.eval()
+    assert (logratios(made) == 0.0).all()
+    made.model.train()
+    if "trained" in mode or "folder" in mode or mode == "second model, adapter":
+        # this adapter's own dropout is noise on what it already does
+        assert (logratios(made) != 0.0).any()
+        for module in made.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+    assert (logratios(made) == 0.0).all()
+    made._check_step_zero(made.model, made._prepare_inputs(next(iter(made.get_train_dataloader()))))
+    assert made.model.training
+
+
+@pytest.mark.parametrize("mode", ["new adapter", "trained adapter", "second model, all weights"])
+def test_the_reference_stays_after_training_and_is_computed_for_new_data(
+    mode, tiny_model_folder, tmp_path
+):
+    made = make(mode, "float32", tiny_model_folder, tmp_path)
+    fresh = labels(count=2, first=9)
+    before = made._tokenised(fresh, made.processing_class, made.args)
+    made._add_reference_logps(before, made.args)
+    made.train()
+    shutil.rmtree(tmp_path / "reference")
+    trained_weights = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    after = made._tokenised(fresh, made.processing_class, made.args)
+    made._add_reference_logps(after, made.args)
+    assert after == before
+    for name, weight in made.model.named_parameters():
+        assert torch.equal(weight, trained_weights[name]), name
+    found = made.evaluate(fresh)
+    assert abs(found["eval_rewards/margins"]) > 1e-3  # the policy has moved, its reference not
+
+
+def test_the_log_names_the_reference_policy(tiny_model_folder, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "ctrl_dpo"):
+        make("trained adapter", "float32", tiny_model_folder, tmp_path)
+    assert f"reference policy: {FROZEN_ADAPTER}" in caplog.text
+    assert "reference log-probabilities: 3 computed, 0 found, 0 of the dataset" in caplog.text
+
+
+def test_dropout_of_the_base_model_is_off_and_of_the_adapter_on(tmp_path):
+    settings = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 259, "n_positions": 128}
+    settings |= {"bos_token_id": 2, "eos_token_id": 2, "resid_pdrop": 0.5, "attn_pdrop": 0.5}
+    torch.manual_seed(0)
+    adapter = lora(target_modules=["c_attn"], fan_in_fan_out=True)
+    made = build(tmp_path, GPT2LMHeadModel(GPT2Config(**settings)), peft_config=adapter)
+    found = {n: m.p for n, m in made.model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert {p for n, p in found.items() if "lora" in n} == {0.3}
+    assert {p for n, p in found.items() if "lora" not in n} == {0.0}
+    made.model.train()
+    assert (logratios(made) == 0.0).all()
+
+
+def test_another_model_stops_the_run_before_the_first_update(tmp_path):
+    made = build(tmp_path, tiny_llama(), ref_model=tiny_llama(seed=1), peft_config=lora())
+    with pytest.raises(ValueError, match="before the first update must be within 0 nats; got"):
+        made.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "files:other"}, "computed as in training; got model 'files:other' instead"),
+        ({"template": "0"}, "got template '0' instead of"),
+        ({"weights": "of other types"}, "got weights 'of other types' instead of"),
+        ({"autocast": "torch.bfloat16"}, "got autocast 'torch.bfloat16' instead of ''"),
+        ({"share_prompt": False}, "got share_prompt False instead of True. Remove the column"),
+    ],
+)
+def test_values_of_the_dataset_that_were_computed_otherwise_are_refused(
+    change, message, tiny_model_folder, tmp_path
+):
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    data = of_dataset(tmp_path, tiny_model_folder, load)
+    record = json.loads(data[0]["reference_computed"]) | change
+    data = data.remove_columns("reference_computed")
+    bare = data
+    data = data.add_column("reference_computed", [json.dumps(record)] * len(data))
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, load(tiny_model_folder), data, peft_config=lora())
+    with pytest.raises(ValueError, match="must come with 'reference_computed', the record"):
+        build(tmp_path, load(tiny_model_folder), bare, peft_config=lora())
+
+
+def test_8_bits_that_are_not_there_or_cannot_be_trained_are_refused(tiny_model_folder, tmp_path):
+    with pytest.raises(ValueError, match="must be in 8 bits with load_in_8bit; got Llama.*GGUF"):
+        build(tmp_path, tiny_llama(), peft_config=lora(), load_in_8bit=True)
+    with pytest.raises(ValueError, match="peft_config must be given for a model in 8 bits; got No"):
+        build(tmp_path, in_8bit(tiny_model_folder))
+    with pytest.raises(ValueError, match="must be left out for a model that has an adapter; got L"):
+        build(tmp_path, trained(tiny_llama()), peft_config=lora())
+
+
+def test_an_adapter_that_cannot_be_trained_is_named(tiny_model_folder, tmp_path):
+    trained(tiny_llama()).save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="trainable weights; got none.*is_trainable=True"):
+        build(tmp_path, frozen)
