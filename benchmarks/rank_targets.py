@@ -1,8 +1,10 @@
 """What a policy reaches that is fitted to ranks among K draws, by how the ranks are labelled.
 
 A regression on targets by rank fits, with many prompts, the targets smoothed by Bernstein's kernel.
-This computes the inference-time win rate and KL of that smoothed policy, exactly, for the same
-budget. Usage: python benchmarks/rank_targets.py [PROCEDURE] [KL]
+This computes the inference-time win rate and KL of that smoothed policy, exactly: with the penalty
+of the exact optimum, and with the penalty at which the smoothed policy itself pays the budget, so
+that win rates compare at equal KL. The last column is what the contrastive loss (anchor 0) makes of
+rank targets, which are meant for anchor 1. Usage: python benchmarks/rank_targets.py [PROCEDURE] [KL]
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import sys
 
 import numpy as np
 from recording import append_rows
-from scipy import integrate
+from scipy import integrate, optimize
 
 from ctrl_dpo import Optimal, match_kl, optimal_policy
 from ctrl_dpo.theory.procedures import parse_procedure
@@ -26,11 +28,21 @@ def fitted(targets: np.ndarray, procedure: str) -> tuple[float, float]:
     served = parse_procedure(procedure)
     u = np.linspace(0, 1, 20001)
     log_density = expected_log_density(targets, u)
+    log_density -= log_density.max()
     log_density -= np.log(integrate.simpson(np.exp(log_density), x=u))
     density = np.exp(log_density)
     cdf = np.clip(integrate.cumulative_simpson(density, x=u, initial=0), 0, 1)
     win = 1 - integrate.simpson(served.distortion(cdf) * served.density(u), x=u)
     return float(win), float(integrate.simpson(density * log_density, x=u))
+
+
+def at_budget(targets: np.ndarray, procedure: str, kl: float) -> np.ndarray:
+    """Scale targets until the policy that a regression on them fits has this KL."""
+
+    def gap(log_scale: float) -> float:
+        return float(np.log(fitted(targets * np.exp(log_scale), procedure)[1] / kl))
+
+    return np.asarray(targets * np.exp(optimize.brentq(gap, -3.0, 6.0, xtol=1e-6)))
 
 
 def main(procedure: str = "best_of_4", kl: float = 1.0) -> None:
@@ -44,13 +56,21 @@ def main(procedure: str = "best_of_4", kl: float = 1.0) -> None:
             name: transformed_rewards(Optimal(served, beta), *ranks, k, True, name) / beta
             for name in ("plug_in", "posterior")
         }
+        targets |= {
+            f"{name}, at budget": at_budget(t, procedure, kl) for name, t in targets.items()
+        }
         targets["rank_optimal"] = RankOptimal(served, served, beta, kl).targets(k, True).values
+        targets["rank_optimal, contrastive"] = targets["rank_optimal"] * k / (k - 1)
         for name, values in targets.items():
             win, reached = fitted(values, procedure)
             row = {"procedure": procedure, "budget_kl": kl, "k": k, "estimator": name}
             rows.append(row | {"win_rate": round(win, 4), "kl": round(reached, 4)})
     print(f"{procedure}, budget {kl:g} nat: the exact optimum wins {optimum:.3f}\n")
-    print("| draws a prompt | plug-in | posterior mean | rank targets |\n|---|---|---|---|")
+    print(
+        "| draws a prompt | plug-in | posterior mean | plug-in, at the budget "
+        "| posterior mean, at the budget | rank targets | rank targets, anchor 0 |"
+    )
+    print("|" + "---|" * 7)
     for k in DRAWS:
         cells = [f"{r['win_rate']:.3f} at {r['kl']:.2f} nat" for r in rows if r["k"] == k]
         print(f"| {k} | " + " | ".join(cells) + " |")

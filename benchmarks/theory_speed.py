@@ -14,9 +14,9 @@ from datasets import Dataset
 from recording import append_rows
 
 from ctrl_dpo import Exponential, Identity, Log, NormalQuantile, frontier, optimal_policy, relabel
-from ctrl_dpo.theory import optimum
+from ctrl_dpo.theory import optimum, rank_targets
 from ctrl_dpo.theory.procedures import parse_procedure
-from ctrl_dpo.theory.rank_targets import RankOptimal, _of_budget
+from ctrl_dpo.theory.rank_targets import RankOptimal
 
 REPEATS = 5
 
@@ -39,10 +39,12 @@ def whole_frontier() -> object:
 
 
 def targets(k: int) -> Callable[[], object]:
-    """Rank targets at a budget, without the cache."""
+    """Rank targets at a budget, without the caches."""
 
     def run() -> object:
-        _of_budget.cache_clear()
+        optimum._optimal.cache_clear()
+        rank_targets._solve.cache_clear()
+        rank_targets._of_budget.cache_clear()
         served = parse_procedure("best_of_4")
         return RankOptimal(served, served, 0.08, 1.0).targets(k, True)
 
@@ -67,7 +69,15 @@ def main() -> None:
     """Print medians with their range and append them to the results."""
     tasks = {
         f"optimum {name} at beta {beta}": one_optimum(name, beta)
-        for name in ("best_of_4", "best_of_64", "worst_of_4", "worst_of_64", "2nd_best_of_4")
+        for name in (
+            "best_of_4",
+            "best_of_64",
+            "worst_of_4",
+            "worst_of_64",
+            "2nd_best_of_4",
+            "32nd_best_of_64",
+            "0.5*single_draw+0.5*best_of_8",
+        )
         for beta in (0.01, 0.1, 1.0)
     }
     tasks["frontier of five transformations, 50 points"] = whole_frontier
