@@ -249,7 +249,7 @@ class _Budget:
             return 0.0 if abs(value) < _EXACT / 10 else value  # brentq stops at an exact zero
 
         low, high = self._bracket(gap)
-        log_beta = low
+        log_beta = min(low, high, key=lambda end: abs(gap(end)))
         if gap(low) * gap(high) < 0:
             log_beta = float(optimize.brentq(gap, low, high, xtol=1e-12, rtol=1e-13))
         beta = math.exp(log_beta)

@@ -166,6 +166,11 @@ def test_another_procedure_on_the_reference_side(against):
     assert policy.win_rate == pytest.approx(16 / (16 + n), abs=1e-11)
 
 
+def test_a_budget_whose_first_guess_is_exact():
+    """The normal quantile's KL is 1 / (2 beta^2): the search starts at the answer."""
+    assert match_kl(NormalQuantile(), "best_of_4", 0.5) == pytest.approx(1, rel=1e-12)
+
+
 @pytest.mark.parametrize("kl", [0.01, 0.3, 5.0])
 @pytest.mark.parametrize("procedure", ["best_of_4", "worst_of_4"])
 @pytest.mark.parametrize("transformation", ["optimal", *TRANSFORMATIONS[:4]], ids=str)
