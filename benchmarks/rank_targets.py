@@ -4,7 +4,9 @@ A regression on targets by rank fits, with many prompts, the targets smoothed by
 This computes the inference-time win rate and KL of that smoothed policy, exactly: with the penalty
 of the exact optimum, and with the penalty at which the smoothed policy itself pays the budget, so
 that win rates compare at equal KL. The last column is what the contrastive loss (anchor 0) makes of
-rank targets, which are meant for anchor 1. Usage: python benchmarks/rank_targets.py [PROCEDURE] [KL]
+rank targets, which are meant for anchor 1.
+
+    python benchmarks/rank_targets.py [PROCEDURE] [KL]
 """
 
 from __future__ import annotations
