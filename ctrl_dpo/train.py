@@ -175,7 +175,8 @@ class CTRLDPOTrainer(ResumableTrainer):
         means.start()
         logps = self._logps(model, inputs)
         where = inputs["group_of"], inputs["slot_of"]
-        logratios, mask = pad_groups(logps - inputs["reference_logps"], *where)
+        members = inputs["members"]
+        logratios, mask = pad_groups((logps - inputs["reference_logps"])[members], *where)
         targets, _ = pad_groups(inputs["targets"], *where)
         loss = group_loss(
             self.args.loss,
@@ -187,7 +188,7 @@ class CTRLDPOTrainer(ResumableTrainer):
             weights=inputs["weights"],
         ).mean()
         with torch.no_grad():
-            padded, _ = pad_groups(logps, *where)
+            padded, _ = pad_groups(logps[members], *where)
             found = batch_metrics(logratios, targets, mask, padded, self.beta, self.procedure)
             means.add(found | token_metrics(inputs))
         return (loss, {"logratios": logratios}) if return_outputs else loss

@@ -19,7 +19,10 @@ def collate(
     ----------
     groups : sequence of mapping
         ``prompt_ids`` (list of int), ``response_ids`` (list of list of int), and lists of one
-        number per response: ``targets``, and ``reference_logps`` where they are known.
+        number per response: ``targets``, and ``reference_logps`` where they are known. From
+        :func:`ctrl_dpo.engine.merged_pairs.merge_pairs` also ``members``: the loss is then that of
+        several groups, given by the places of their responses, ``targets`` has one number per
+        member, and ``weight`` one per group.
     share_prompt : bool
         One row per group, in which a response sees the prompt and itself; else one per response.
 
@@ -30,7 +33,10 @@ def collate(
         ``i + 1`` a response, -1 padding. For the response tokens of all rows in order:
         ``predictors`` ``(n_tokens,)``, the flat place whose output predicts the token,
         ``token_ids`` and ``owners``, the response it belongs to. For the responses in order:
-        ``group_of``, ``slot_of`` ``(n_responses,)`` and the given numbers.
+        ``lengths`` in tokens and ``reference_logps``, ``(n_responses,)``. For the members of the
+        loss's groups in order: ``members``, the response, ``group_of``, ``slot_of`` and
+        ``targets``, ``(n_members,)``; each response is one member unless pairs were merged.
+        ``weights`` of the loss's groups, ``(n_groups,)``.
     """
     rows = _rows(groups, share_prompt)
     laid = [_lay_out(prompt, responses) for prompt, responses in rows]
@@ -52,14 +58,33 @@ def collate(
     batch["predictors"] = torch.tensor(predictors)
     batch["token_ids"] = torch.tensor([t for g in groups for r in g["response_ids"] for t in r])
     batch["owners"] = torch.tensor(owners)
-    sizes = [len(g["response_ids"]) for g in groups]
-    batch["group_of"] = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(sizes))
-    batch["slot_of"] = torch.cat([torch.arange(n) for n in sizes])
-    batch["weights"] = torch.tensor([float(g.get("weight", 1.0)) for g in groups])
+    batch["lengths"] = torch.tensor([len(r) for g in groups for r in g["response_ids"]])
+    batch |= _members(groups)
     for column in ("targets", "reference_logps", "truncated"):
         if groups[0].get(column) is not None:
             batch[column] = torch.tensor([float(x) for g in groups for x in g[column]])
     return batch
+
+
+def _members(groups: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Say which responses form the groups of the loss."""
+    members: list[int] = []
+    sizes: list[int] = []
+    weights: list[float] = []
+    start = 0
+    for group in groups:
+        count = len(group["response_ids"])
+        for places in group.get("members") or [range(count)]:
+            members += [start + place for place in places]
+            sizes.append(len(places))
+        weights += group["weight"] if "members" in group else [group.get("weight", 1.0)]
+        start += count
+    return {
+        "members": torch.tensor(members),
+        "group_of": torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)),
+        "slot_of": torch.cat([torch.arange(size) for size in sizes]),
+        "weights": torch.tensor([float(weight) for weight in weights]),
+    }
 
 
 def _rows(

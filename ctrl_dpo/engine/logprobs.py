@@ -36,7 +36,7 @@ def response_logps(model: Any, batch: Batch) -> torch.Tensor:
         Nats per response, end token included where there is one.
     """
     token_logps = response_token_logps(model, batch)
-    sums = token_logps.new_zeros(len(batch["group_of"]))
+    sums = token_logps.new_zeros(len(batch["lengths"]))
     return sums.index_add(0, batch["owners"], token_logps)
 
 

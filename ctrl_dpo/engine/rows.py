@@ -13,6 +13,7 @@ from ctrl_dpo.data import columns
 from ctrl_dpo.data.layouts import to_groups
 from ctrl_dpo.data.token_groups import TokenizedGroup, count_tokens
 from ctrl_dpo.data.tokens import tokenize_group
+from ctrl_dpo.engine.merged_pairs import merge_pairs
 from ctrl_dpo.labels.groups import RAW
 from ctrl_dpo.relabel import relabel
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
@@ -199,7 +200,8 @@ def training_rows(
     -------
     rows : list of dict
         ``prompt_ids``, ``response_ids``, ``targets`` (nats), ``truncated``, ``weight`` and, where
-        the dataset has them, ``reference_logps``.
+        the dataset has them, ``reference_logps``. Pairs of one prompt are one row, with
+        ``members``.
     counts : dict of str to int
         Rows in, kept and dropped, and what tokenisation did.
 
@@ -244,6 +246,9 @@ def training_rows(
         )
     counts = {"rows": len(dataset), "dropped_single_response": dropped}
     counts |= {"dropped_cut_alike": cut_alike} | count_tokens(tokenised)
+    if columns.CHOSEN in dataset.column_names and config.share_prompt:
+        before, rows = len(rows), merge_pairs(rows)
+        counts["pairs_merged_by_prompt"] = before - len(rows)
     lost = dropped + cut_alike
     logger.log(logging.WARNING if lost else logging.INFO, "training rows: %s", counts)
     return rows, counts
