@@ -11,10 +11,10 @@ import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.batches import collate
-from ctrl_dpo.engine.checks import check_step_zero
+from ctrl_dpo.engine.checks import check_one_device, check_step_zero
 from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.logprobs import response_logps
-from ctrl_dpo.engine.losses import group_loss, pad_groups
+from ctrl_dpo.engine.losses import group_loss, pad_groups, share_of_update
 from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics, token_metrics
 from ctrl_dpo.engine.models import load_tokenizer
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
@@ -82,8 +82,8 @@ class CTRLDPOTrainer(ResumableTrainer):
         Record of how ``reference_logps`` are computed, for datasets that carry them.
     """
 
-    # the loss is a mean over the groups of a micro-batch: Trainer divides by the accumulation
-    loss_is_scaled_for_ga = False
+    # the loss of a micro-batch is its share of a mean over all groups of an update
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         peft_config: Any = None,
         callbacks: list[Any] | None = None,
     ) -> None:
+        check_one_device(model, args.n_gpu)
         data = labelled(train_dataset, args)
         self.beta = resolve_beta(data, args)
         self.procedure = resolve_procedure(data, args)
@@ -170,7 +171,7 @@ class CTRLDPOTrainer(ResumableTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss over the groups of a batch."""
+        """Return the mean loss over the groups of a batch, or a batch's share in an update's."""
         means = self._means["train" if model.training else "eval"]
         means.start()
         logps = self._logps(model, inputs)
@@ -178,7 +179,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         members = inputs["members"]
         logratios, mask = pad_groups((logps - inputs["reference_logps"])[members], *where)
         targets, _ = pad_groups(inputs["targets"], *where)
-        loss = group_loss(
+        losses = group_loss(
             self.args.loss,
             logratios,
             targets,
@@ -186,7 +187,8 @@ class CTRLDPOTrainer(ResumableTrainer):
             beta=self.beta,
             anchor=self.args.anchor,
             weights=inputs["weights"],
-        ).mean()
+        )
+        loss = share_of_update(losses, num_items_in_batch, self.accelerator.num_processes)
         with torch.no_grad():
             padded, _ = pad_groups(logps[members], *where)
             found = batch_metrics(logratios, targets, mask, padded, self.beta, self.procedure)
@@ -196,6 +198,12 @@ class CTRLDPOTrainer(ResumableTrainer):
     def _logps(self, model: Any, inputs: Any) -> torch.Tensor:
         with mixed_precision(self.args):
             return response_logps(model, inputs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
+        """Count the groups of an update: micro-batches and processes may hold unequal numbers."""
+        groups = sum(int(batch["group_of"][-1]) + 1 for batch in batch_samples)
+        counts: torch.Tensor = self.accelerator.gather(torch.tensor(groups, device=device))
+        return counts.sum()
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
@@ -216,7 +224,9 @@ class CTRLDPOTrainer(ResumableTrainer):
                 module.eval()
         logps = self._logps(model, inputs)
         model.train()
-        check_step_zero(logps - inputs["reference_logps"], self.model.dtype)
+        worst = (logps - inputs["reference_logps"]).abs().max()
+        # the worst of all processes, so that all of them stop
+        check_step_zero(self.accelerator.gather(worst), self.model.dtype)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

@@ -188,3 +188,26 @@ def check_step_zero(logratios: torch.Tensor, dtype: torch.dtype) -> None:
             "Likely causes: reference log-probabilities of another model, type, template or "
             "tokenizer; a ref_model that is not the model that training starts from."
         )
+
+
+def check_one_device(model: Any, n_devices: int) -> None:
+    """Raise where one process would spread a batch over several devices.
+
+    Parameters
+    ----------
+    model : str, Path or torch.nn.Module
+        As given to the trainer.
+    n_devices : int
+        Accelerators that this process would use, ``TrainingArguments.n_gpu``.
+
+    Raises
+    ------
+    ValueError
+        If the model is wrapped in ``nn.DataParallel``, or there is more than one device.
+    """
+    if n_devices > 1 or isinstance(model, torch.nn.DataParallel):
+        raise ValueError(
+            f"a process must use one device; got {max(n_devices, 1)} devices and a model of type "
+            f"{type(model).__name__}: nn.DataParallel would cut groups apart. Start one process "
+            "per device (accelerate launch), or set CUDA_VISIBLE_DEVICES to one."
+        )

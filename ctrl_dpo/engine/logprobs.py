@@ -84,22 +84,10 @@ def _single_rows(batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
 def _token_logps(model: Any, batch: Batch) -> torch.Tensor:
     """Compute the rows of a batch together."""
     base = causal_model(model)
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    with _head_input(head) as found:
+    with _logps_for_logits(base, batch):
         # through the model's own forward, on which wrappers for several processes rely
-        model(**_forward_arguments(base, batch))
-    needed = found[0].flatten(0, 1)[batch["predictors"]]
-    trained = any(p.requires_grad for p in head.parameters())
-    parts = []
-    for start in range(0, len(needed), _CHUNK):
-        piece = needed[start : start + _CHUNK], batch["token_ids"][start : start + _CHUNK]
-        if not torch.is_grad_enabled():
-            parts.append(_head_logps(head, config, *piece))
-        elif trained:
-            parts.append(checkpoint(_head_logps, head, config, *piece, use_reentrant=False))
-        else:
-            parts.append(_FrozenHeadLogps.apply(head, config, *piece))  # type: ignore[no-untyped-call]
-    return torch.cat(parts)
+        logps: torch.Tensor = model(**_forward_arguments(base, batch)).logits
+    return logps
 
 
 def causal_model(model: Any) -> Any:
@@ -124,19 +112,47 @@ def _forward_arguments(base: Any, batch: Batch) -> dict[str, Any]:
 
 
 @contextmanager
-def _head_input(head: Any) -> Iterator[list[torch.Tensor]]:
-    """Catch what the model gives its head, and give the head no token instead."""
+def _logps_for_logits(base: Any, batch: Batch) -> Iterator[None]:
+    """Make a forward pass return log-probabilities where its logits would be.
+
+    Sharded weights are whole only inside the forward pass, and are gathered again in the backward
+    pass only for what the forward pass returned: the head's products are made, and leave, there.
+    """
     found: list[torch.Tensor] = []
 
     def take(_module: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
         found.append(args[0])
-        return args[0][:, :0]
+        return args[0][:, :0]  # the model gives its head no token
 
-    hook = head.register_forward_pre_hook(take)
+    def replace(_module: Any, _args: Any, output: Any) -> Any:
+        before_head.remove()
+        output.logits = _chunked_logps(base, found[0].flatten(0, 1)[batch["predictors"]], batch)
+        return output
+
+    before_head = base.get_output_embeddings().register_forward_pre_hook(take)
+    # before the hook that shards the weights again
+    after_model = base.register_forward_hook(replace, prepend=True)
     try:
-        yield found
+        yield
     finally:
-        hook.remove()
+        before_head.remove()
+        after_model.remove()
+
+
+def _chunked_logps(base: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the log-probabilities of the batch's tokens from the outputs that predict them."""
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    trained = any(p.requires_grad for p in head.parameters())
+    parts = []
+    for start in range(0, len(hidden), _CHUNK):
+        piece = hidden[start : start + _CHUNK], batch["token_ids"][start : start + _CHUNK]
+        if not torch.is_grad_enabled():
+            parts.append(_head_logps(head, config, *piece))
+        elif trained:
+            parts.append(checkpoint(_head_logps, head, config, *piece, use_reentrant=False))
+        else:
+            parts.append(_FrozenHeadLogps.apply(head, config, *piece))  # type: ignore[no-untyped-call]
+    return torch.cat(parts)
 
 
 def _head_logps(

@@ -249,3 +249,34 @@ def pad_groups(values: Tensor, group_of: Tensor, slot_of: Tensor) -> tuple[Tenso
     mask = torch.zeros(shape, dtype=torch.bool, device=values.device)
     mask[group_of, slot_of] = True
     return values.new_zeros(shape).index_put((group_of, slot_of), values), mask
+
+
+def share_of_update(losses: Tensor, n_groups: Tensor | None, n_processes: int) -> Tensor:
+    """Return a micro-batch's share of the mean over all groups of an update.
+
+    Shares are added over micro-batches and averaged over processes, so that the update is that of
+    one batch of all groups, also where micro-batches hold unequal numbers of groups.
+
+    Parameters
+    ----------
+    losses : (b,) Tensor
+        Losses of the micro-batch's groups.
+    n_groups : scalar Tensor or None
+        Groups of the update, in all micro-batches of all processes; None for a batch on its own.
+    n_processes : int
+        Processes whose gradients are averaged.
+
+    Returns
+    -------
+    scalar Tensor
+        The share; the mean of ``losses`` for a batch on its own.
+
+    Examples
+    --------
+    >>> parts = torch.tensor([1.0, 2.0]), torch.tensor([6.0])
+    >>> sum(share_of_update(part, torch.tensor(3), 1).item() for part in parts)
+    3.0
+    """
+    if n_groups is None:
+        return losses.mean()
+    return losses.sum() * n_processes / n_groups

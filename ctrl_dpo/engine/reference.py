@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from ctrl_dpo.data.hashes import user_cache
@@ -89,6 +91,8 @@ def add_reference_logps(
 ) -> int:
     """Fill in ``reference_logps`` of every row, from the cache or by computing them.
 
+    Several processes each compute a share of the rows and exchange the numbers.
+
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
@@ -109,7 +113,7 @@ def add_reference_logps(
     Returns
     -------
     int
-        Number of groups computed; the others were found.
+        Number of groups computed, by all processes; the others were found.
 
     Notes
     -----
@@ -128,7 +132,9 @@ def add_reference_logps(
     names = [_row_key(part) for part in parts]
     path = folder or user_cache() / "reference"
     store = ReferenceStore(path, {"key": key, "share_prompt": share, **numerics(model)})
-    known = store.read()
+    processes = PartialState()
+    # one process reads, so that all agree on what is missing while some already write
+    known = broadcast_object_list([store.read() if processes.is_main_process else None])[0]
     # a row may be in the data twice
     missing = {name: part for name, part in zip(names, parts, strict=True) if name not in known}
     logger.info(
@@ -138,13 +144,18 @@ def add_reference_logps(
         len(set(names)) - len(missing),
         len(missing),
     )
-    if missing:
-        with store, tqdm(total=len(missing), desc="reference", unit="row", disable=None) as bar:
-            keys = list(missing)
-            for place, logps in compute_rows(model, list(missing.values()), batch_size, share):
-                store.add({keys[place]: logps})
-                known[keys[place]] = logps
+    mine = list(missing)[processes.process_index :: processes.num_processes]
+    computed_here: dict[str, list[float]] = {}
+    if mine:
+        quiet = None if processes.is_main_process else True
+        with store, tqdm(total=len(mine), desc="reference", unit="row", disable=quiet) as bar:
+            share_of_rows = [missing[name] for name in mine]
+            for place, logps in compute_rows(model, share_of_rows, batch_size, share):
+                store.add({mine[place]: logps})
+                computed_here[mine[place]] = logps
                 bar.update()
+    for of_process in gather_object([computed_here]):
+        known |= of_process
     values = iter(names)
     computed = 0
     for group in rows:

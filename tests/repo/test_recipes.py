@@ -7,19 +7,23 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 import ctrl_dpo
 from ctrl_dpo.arguments import parse_arguments
 
 RECIPES = Path(ctrl_dpo.__file__).parent.parent / "recipes"
 EXPERIMENTS = sorted(RECIPES.rglob("headline_*.yaml"))
-CONFIGS = sorted(set(RECIPES.rglob("*.yaml")) - set(EXPERIMENTS))
+LAUNCHES = sorted((RECIPES / "accelerate").rglob("*.yaml"))
+CONFIGS = sorted(set(RECIPES.rglob("*.yaml")) - set(EXPERIMENTS) - set(LAUNCHES))
 SCRIPTS = sorted(RECIPES.rglob("*.sh"))
 
 
 def test_all_recipe_files_are_covered():
     assert len(CONFIGS) == 2
     assert len(EXPERIMENTS) == 2
+    names = ["cpu_2proc", "fsdp2", "multi_gpu", "single_gpu", "zero2"]
+    assert [path.stem for path in LAUNCHES] == names
     assert len(SCRIPTS) == 7
 
 
@@ -53,6 +57,23 @@ def test_every_experiment_builds_and_names_its_cells_once(path, quick, monkeypat
         assert len(experiment.seeds) == 3
     for cell in cells:
         experiment.changed(cell)
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
+def test_accelerate_reads_every_launch_file(path):
+    config = load_config_from_file(str(path))
+    kinds = {"fsdp2": "FSDP", "single_gpu": "NO", "zero2": "DEEPSPEED"}
+    assert config.distributed_type.value == kinds.get(path.stem, "MULTI_GPU")
+    assert config.use_cpu == path.stem.startswith("cpu")
+    assert config.num_machines == 1
+    assert config.mixed_precision == "no"  # the trainer's own type is that of the reference too
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if path.stem == "zero2":
+        assert config.deepspeed_config["zero_stage"] == 2
+    first = path.read_text().splitlines()[0]
+    command = f"# accelerate launch --config_file recipes/accelerate/{path.name} -m ctrl_dpo train"
+    assert first.startswith(command)
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.stem)

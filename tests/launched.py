@@ -1,0 +1,123 @@
+"""What each of several processes runs in the tests: trainings whose results are left in a folder.
+
+accelerate launch ... tests/launched.py FOLDER SCENARIO...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import tiny_llama, tiny_tokenizer
+
+from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
+
+
+def unequal_groups(count: int) -> Dataset:
+    """Make groups of two to four responses of unequal length."""
+    sizes = [2 + i % 3 for i in range(count)]
+    groups = {
+        "prompt": [f"question {i} " * (1 + i % 3) for i in range(count)],
+        "responses": [
+            [f"{'abcd'[j]}{i}" * (1 + j + i % 4) for j in range(k)] for i, k in enumerate(sizes)
+        ],
+        "rewards": [[float((i + 2 * j) % 5) for j in range(k)] for i, k in enumerate(sizes)],
+    }
+    settings: dict[str, Any] = {"procedure": "single_draw", "transformation": "identity"}
+    return relabel(Dataset.from_dict(groups), beta=0.2, **settings)
+
+
+def make_trainer(folder: Path, count: int, **settings: Any) -> CTRLDPOTrainer:
+    """Make a trainer of an adapter on the tiny model, with ``count`` groups to train on."""
+    defaults: dict[str, Any] = {
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "lr_scheduler_type": "constant",
+        "disable_tqdm": True,
+        "reference_cache": str(folder / "reference"),
+    }
+    return CTRLDPOTrainer(
+        tiny_llama(),
+        CTRLDPOConfig(str(folder), **defaults | settings),
+        unequal_groups(count),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def equal_batches(folder: Path, processes: int) -> None:
+    """Train 20 steps of four groups, however many processes share them."""
+    trainer = make_trainer(folder, 16, max_steps=20, per_device_train_batch_size=4 // processes)
+    trainer.train()
+    trainer.save_model()
+
+
+def unequal_last_batch(folder: Path, processes: int) -> None:
+    """Train two epochs of 13 groups in batches of four: one is left for the last batch."""
+    size = 4 // processes
+    trainer = make_trainer(folder, 13, num_train_epochs=2, per_device_train_batch_size=size)
+    trainer.train()
+
+
+def one_process_fails(folder: Path, processes: int) -> None:
+    """Damage the policy of the last process only; keep the error of every process."""
+    trainer = make_trainer(folder, 8, max_steps=2, per_device_train_batch_size=2)
+    if trainer.accelerator.is_last_process:
+        next(w for n, w in trainer.model.named_parameters() if "lora_B" in n).data.fill_(1.0)
+    try:
+        trainer.train()
+    except ValueError:
+        place = folder / f"error-{trainer.accelerator.process_index}.txt"
+        place.write_text(traceback.format_exc())
+    trainer.accelerator.wait_for_everyone()
+
+
+def sharded(folder: Path, processes: int) -> None:
+    """Train as in ``equal_batches``, with the weights sharded over the processes (FSDP2)."""
+    settings: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+    size = 4 // processes
+    trainer = make_trainer(folder, 16, max_steps=20, per_device_train_batch_size=size, **settings)
+    trainer.train()
+    trainer.save_model()
+    kinds = {type(weight).__name__ for weight in trainer.model.parameters()}
+    (folder / f"kinds-{trainer.accelerator.process_index}.json").write_text(json.dumps([*kinds]))
+
+
+def let_fsdp_run_on_a_cpu() -> None:
+    """Make accelerate take the processes for ones with a GPU each: it shards for no others."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    start = PartialState.__init__
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.__init__ = lambda self, cpu=False, **options: start(self, cpu=False, **options)
+
+
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (equal_batches, unequal_last_batch, one_process_fails, sharded)
+}
+
+
+def main() -> None:
+    """Run the scenarios named on the command line, one after the other."""
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    if "sharded" in sys.argv[2:]:
+        let_fsdp_run_on_a_cpu()
+    for name in sys.argv[2:]:
+        SCENARIOS[name](root / name, int(os.environ.get("WORLD_SIZE", "1")))
+
+
+if __name__ == "__main__":
+    main()
