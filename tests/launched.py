@@ -69,10 +69,11 @@ def unequal_last_batch(folder: Path, processes: int) -> None:
 
 
 def one_process_fails(folder: Path, processes: int) -> None:
-    """Damage the policy of the last process only; keep the error of every process."""
+    """Give the last process a wrong reference; keep the error of every process."""
     trainer = make_trainer(folder, 8, max_steps=2, per_device_train_batch_size=2)
     if trainer.accelerator.is_last_process:
-        next(w for n, w in trainer.model.named_parameters() if "lora_B" in n).data.fill_(1.0)
+        for row in trainer.train_dataset:
+            row["reference_logps"] = [logp - 1.0 for logp in row["reference_logps"]]
     try:
         trainer.train()
     except ValueError:

@@ -22,11 +22,11 @@ from ctrl_dpo.engine.logprobs import response_logps
 ROOT = Path(ctrl_dpo.__file__).parent.parent
 GROUPS = [{"prompt_ids": [5, 6, 7], "response_ids": [[8, 9, 2], [10, 2]]}]
 # the processes meet on loopback
-pytestmark = [pytest.mark.network, pytest.mark.slow]
+pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def launch(folder: Path, *scenarios: str) -> Path:
-    """Run scenarios in two processes; a hang is an error after four minutes."""
+    """Run scenarios in two processes; a hang is an error after eight minutes."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "recipes/accelerate/cpu_2proc.yaml")]
     command += ["--main_process_port", "0", str(ROOT / "tests/launched.py"), str(folder)]
