@@ -10,7 +10,7 @@ stamp="$venv/.installed-$(cat pyproject.toml recipes/constraints.txt | sha256sum
 if [ ! -e "$stamp" ]; then
     python3 -m venv --clear "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check -c recipes/constraints.txt torch
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -c recipes/constraints.txt -e '.[dev,demo]'
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -c recipes/constraints.txt -e '.[dev,demo,bench]'
     touch "$stamp"
 fi
 export PATH="$PWD/$venv/bin:$PATH" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -27,4 +27,4 @@ ruff format --check .
 mypy
 lint-imports
 # one test process a core, each on one thread
-OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --cov --cov-report=term
+OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 -m "not gpu" --cov --cov-report=term

@@ -123,8 +123,8 @@ def test_an_adapter_saved_from_shards_is_the_trained_one(one, sharded):
         response_logps(PeftModel.from_pretrained(tiny_llama(), str(folder)), batch).detach()
         for folder in (one / "equal_batches", sharded)
     ]
-    assert found[1].tolist() == pytest.approx(found[0].tolist(), abs=1e-4)
-    assert (found[1] - before).abs().max() > 0.1
+    assert found[1].tolist() == pytest.approx(found[0].tolist(), abs=1e-5)
+    assert (found[1] - before).abs().max() > 1e-2  # a thousand times what may differ
 
 
 def test_several_devices_in_one_process_are_refused():
