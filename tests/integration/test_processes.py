@@ -20,6 +20,7 @@ from ctrl_dpo.engine.checks import check_one_device
 from ctrl_dpo.engine.logprobs import response_logps
 
 ROOT = Path(ctrl_dpo.__file__).parent.parent
+COMPARED = ("loss", "grad_norm", "logps/chosen", "rewards/margins", "kl/self_normalised", "fit/r2")
 GROUPS = [{"prompt_ids": [5, 6, 7], "response_ids": [[8, 9, 2], [10, 2]]}]
 # the processes meet on loopback
 pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -83,7 +84,7 @@ def test_metrics_are_written_once_and_are_those_of_all_processes(one, two):
     mine, theirs = rows(one / "equal_batches"), rows(two / "equal_batches")
     assert [row["step"] for row in mine] == [row["step"] for row in theirs] == [*range(1, 21), 20]
     for before, after in zip(mine[:-1], theirs[:-1], strict=True):
-        for name in ("loss", "grad_norm", "logps/chosen", "rewards/margins", "kl/self_normalised", "fit/r2"):
+        for name in COMPARED:
             assert after[name] == pytest.approx(before[name], rel=1e-4, abs=1e-5), name
 
 
