@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.data.disk import exclusive
 from ctrl_dpo.data.folders import StageFolder, content_hash
 from ctrl_dpo.data.hashes import model_hash
+from ctrl_dpo.engine.processes import on_main
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -124,14 +125,16 @@ def open_run(
     Yields
     ------
     StageFolder
-        Locked: no other process trains into it.
+        Locked: no other run trains into it. Several processes of one run share it.
     """
     free = {"output_dir", "run_name", "reference_cache", "allow_changed", "resume_from_checkpoint"}
     settings = {k: v for k, v in args.to_dict().items() if k not in free} | vars(adapter)
     inputs = {"model": model_hash(model), "data": content_hash(data)}
-    with exclusive(args.output_dir):
-        folder = StageFolder(Path(args.output_dir), "train", settings, inputs, n_shards=0)
-        yield folder.open(allow_changed=args.allow_changed)
+    folder = StageFolder(Path(args.output_dir), "train", settings, inputs, n_shards=0)
+    with ExitStack() as held:
+        on_main(lambda: held.enter_context(exclusive(args.output_dir)))
+        on_main(lambda: folder.open(allow_changed=args.allow_changed))
+        yield folder
 
 
 def _fields(cls: type) -> Iterable[dataclasses.Field[Any]]:

@@ -81,18 +81,19 @@ def train(
     from ctrl_dpo.arguments import open_run, parse_arguments
     from ctrl_dpo.data.folders import read_rows
     from ctrl_dpo.engine.checkpoints import list_checkpoints
+    from ctrl_dpo.engine.processes import on_main
     from ctrl_dpo.train import CTRLDPOTrainer
 
     adapter, args = parse_arguments(config, context.args)
     with open_run(adapter, args, model, data) as folder:
-        if not folder.is_complete:
+        if not on_main(lambda: folder.is_complete):
             lora = adapter.peft_config()
             trainer = CTRLDPOTrainer(model, args, read_rows(data), peft_config=lora)
             found = bool(list_checkpoints(folder.path))
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or found)
             trainer.save_model()
-            folder.finish(trainer.data_counts | result.metrics)
-    finished(folder.path)
+            on_main(lambda: folder.finish(trainer.data_counts | result.metrics))
+        on_main(lambda: finished(folder.path))
 
 
 app.command()(evaluate)

@@ -18,6 +18,8 @@ from peft import LoraConfig
 from tiny import tiny_llama, tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
+from ctrl_dpo.cli import app
+from ctrl_dpo.engine.processes import on_main
 
 
 def unequal_groups(count: int) -> Dataset:
@@ -84,9 +86,29 @@ def one_process_fails(folder: Path, processes: int) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
+def command_line(folder: Path, processes: int) -> None:
+    """Run the training command twice: the second finds that nothing is left to do."""
+    model, data, output = folder / "model", folder / "data.parquet", folder / "output"
+    on_main(lambda: write_inputs(model, data))
+    words = [str(model), str(data), "--output_dir", str(output), "--report_to", "none"]
+    words += ["--max_steps", "4", "--save_steps", "2", "--model_dtype", "float32"]
+    words += ["--per_device_train_batch_size", str(4 // processes), "--disable_tqdm", "true"]
+    words += ["--reference_cache", str(folder / "reference"), "--logging_steps", "1"]
+    for _ in range(2):
+        app(["train", *words], standalone_mode=False)
+
+
+def write_inputs(model: Path, data: Path) -> None:
+    """Write the tiny model and its groups as users have them: as a folder and a file."""
+    tiny_llama().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    unequal_groups(8).to_parquet(str(data))
+
+
 def sharded(folder: Path, processes: int) -> None:
     """Train as in ``equal_batches``, with the weights sharded over the processes (FSDP2)."""
     settings: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
+    settings |= {"save_strategy": "steps", "save_steps": 10}
     size = 4 // processes
     trainer = make_trainer(folder, 16, max_steps=20, per_device_train_batch_size=size, **settings)
     trainer.train()
@@ -108,7 +130,7 @@ def let_fsdp_run_on_a_cpu() -> None:
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (equal_batches, unequal_last_batch, one_process_fails, sharded)
+    for scenario in (equal_batches, unequal_last_batch, one_process_fails, command_line, sharded)
 }
 
 

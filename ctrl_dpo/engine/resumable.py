@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -23,11 +23,11 @@ from ctrl_dpo.data.disk import exclusive
 from ctrl_dpo.data.folders import write_atomically
 from ctrl_dpo.engine import checkpoints
 from ctrl_dpo.engine.metrics import RunningMeans
+from ctrl_dpo.engine.processes import on_main
 from ctrl_dpo.engine.run_identity import check_same_run, run_identity
 from ctrl_dpo.engine.stopping import StopSignals, check_step, exit_by, first_not_finite
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 METRICS = "metrics.jsonl"
 STATE = "trainer_state.json"
 
@@ -94,8 +94,8 @@ class ResumableTrainer(Trainer):
         is ``"no"``), and end the process with exit code 143 and 130 (``KeyboardInterrupt``).
         """
         with ExitStack() as held:
-            self._on_main(lambda: held.enter_context(exclusive(self.args.output_dir)))
-            chosen = self._on_main(lambda: self._choose(resume_from_checkpoint))
+            on_main(lambda: held.enter_context(exclusive(self.args.output_dir)))
+            chosen = on_main(lambda: self._choose(resume_from_checkpoint))
             self._source = None if chosen is None else Path(chosen)
             if chosen is not None:
                 self.args.eval_on_start = False  # the start of the run is behind it
@@ -140,20 +140,6 @@ class ResumableTrainer(Trainer):
             facts = {"processes": self.args.world_size, **self._facts}
             self._run = run_identity(self.args, self.train_dataset, adapter, facts)
         return self._run
-
-    def _on_main(self, work: Callable[[], T]) -> T:
-        """Do something on one process; all get its result, or raise its error."""
-        result: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                result[0] = work()
-            except (ValueError, OSError) as error:
-                result[1] = error
-        broadcast_object_list(result)
-        if result[1] is not None:
-            raise result[1]
-        done: T = result[0]
-        return done
 
     def _run_epoch(self, **arguments: Any) -> None:
         """Train for an epoch, unless the checkpoint was of the last step already."""
@@ -210,12 +196,12 @@ class ResumableTrainer(Trainer):
         final = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self._scratch = final.parent / checkpoints.SCRATCH
         try:
-            self._on_main(lambda: checkpoints.clear_scratch(final.parent))
+            on_main(lambda: checkpoints.clear_scratch(final.parent))
             super()._save_checkpoint(model, trial)
             part = self._scratch / final.name
             torch.save(self._sums(), part / self._sums_name())
             self.accelerator.wait_for_everyone()
-            self._on_main(lambda: self._publish(part, final))
+            on_main(lambda: self._publish(part, final))
         except Exception as error:  # torch and safetensors raise errors of their own on a full disk
             raise OSError(
                 f"checkpoint must be written to {str(final)!r}; got {error}. Older checkpoints are "

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from tiny import tiny_llama
 
 import ctrl_dpo
+from ctrl_dpo.data.folders import read_record
 from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.checkpoints import check_complete
 from ctrl_dpo.engine.checks import check_one_device
 from ctrl_dpo.engine.logprobs import response_logps
 
@@ -57,7 +59,7 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    names = "equal_batches", "unequal_last_batch", "one_process_fails"
+    names = "equal_batches", "unequal_last_batch", "command_line", "one_process_fails"
     return launch(tmp_path_factory.mktemp("two"), *names)
 
 
@@ -109,6 +111,21 @@ def test_what_one_process_finds_stops_all(two):
         error = (two / "one_process_fails" / f"error-{process}.txt").read_text()
         assert "log-ratios before the first update must be within" in error
     assert not (two / "one_process_fails" / "metrics.jsonl").exists()
+
+
+def test_the_command_line_trains_and_saves_once(two):
+    output = two / "command_line" / "output"
+    assert read_record(output)["complete"]
+    assert [row["step"] for row in rows(output)] == [1, 2, 3, 4, 4]
+    for step in (2, 4):
+        check_complete(output / f"checkpoint-{step}")
+    assert worst_difference(output / "checkpoint-4", output) == 0.0
+
+
+def test_checkpoints_of_sharded_weights_are_complete(sharded):
+    for step in (10, 20):
+        check_complete(sharded / f"checkpoint-{step}")
+    assert worst_difference(sharded / "checkpoint-20", sharded) == 0.0
 
 
 def test_sharded_weights_reach_those_of_one_process(one, sharded):
