@@ -19,7 +19,7 @@ from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, optimal_discrete_policy, pai
 from ctrl_dpo.theory.procedures import parse_procedure
 
 FITS = [("squared", 0.0), ("squared", 1.0), ("softmax", 0.0), ("soft_label", 0.0)]
-HARD_BETAS = (0.5, 1.0, 2.0, 4.0)
+HARD_BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # KL of 3 nats down to under half a nat
 VOCABULARY, PROMPTS = 12, ['!"', '"#', "#!"]
 BETAS = {"single_draw": 0.15, "best_of_4": 0.15, "worst_of_4": 0.3}  # KL of 1.0, 0.6 and 0.4 nats
 RATES = {"squared": 4e-3, "softmax": 4e-3, "soft_label": 6e-3}
@@ -171,6 +171,9 @@ def hard_label_share(folder, beta: float, procedure: str) -> tuple[float, float]
     def excess(log_penalty: float) -> float:
         return float(np.mean([s.kl for s in solved(np.exp(log_penalty))])) - kl
 
-    same = np.exp(optimize.brentq(excess, np.log(1e-3), np.log(10.0), xtol=1e-6))
-    possible = np.mean([s.win_rate for s in solved(same)])
+    low, high = np.log(1e-3), np.log(10.0)
+    same = np.exp(optimize.brentq(excess, low, high, xtol=1e-6) if excess(low) > 0 else low)
+    best = solved(same)
+    # no policy wins more at this KL, also where the optimum's KL jumps as the penalty moves
+    possible = np.mean([s.win_rate + same * (kl - s.kl) for s in best])
     return (win - 0.5) / (possible - 0.5), kl
