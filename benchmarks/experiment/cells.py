@@ -28,7 +28,7 @@ from experiment.settings import Cell, Experiment
 RECORD = "record.json"
 JUDGES = ("training", "judging")  # the reward models: what is trained on, what only judges
 _RECIPE = Path(__file__).parents[2] / "recipes" / "train_reward_model.py"
-_REFERENCE_SEED, _HELD_OUT_SEED, _POLICY_SEED = 1, 2, 1000
+_TRAIN_SEED, _MEASURE_SEED, _POLICY_SEED = 1, 2, 1000
 _GRID = ("strengths", "seeds", "ablations", "kls")  # settings that change no cell's numbers
 
 
@@ -79,28 +79,22 @@ class Bench:
         """Return the prompts of a split."""
         return prompts(self.experiment, self.tokenizer, self.folder)[split]
 
-    def reference_draws(self, split: str, experiment: Experiment) -> Dataset:
-        """Return draws of the reference policy, scored by both reward models."""
-        held_out = split == "held_out"
-        count = experiment.held_out_draws if held_out else experiment.draws
-        seed = _HELD_OUT_SEED if held_out else _REFERENCE_SEED
-        drawn = sample(
+    def reference_draws(self, split: str, experiment: Experiment, measured: bool) -> Dataset:
+        """Return draws of the reference policy, to train on or to measure against."""
+        count = experiment.held_out_draws if measured else experiment.draws
+        seed = _MEASURE_SEED if measured else _TRAIN_SEED
+        return sample(
             self.prompts(split),
             load_model(self.model),
             Sampler(count, experiment.max_new_tokens, seed=seed),
             tokenizer=self.tokenizer,
-            output=self.folder / f"reference_{split}_{count}",
+            output=self.folder / f"reference_{split}_{count}_seed{seed}",
         )
-        return self.scored(drawn)
 
-    def scored(self, drawn: Dataset) -> Dataset:
-        """Add the scores of both reward models; responses seen before cost nothing."""
-        both = {
-            judge: score(drawn, name, cache=self.runs / f"scores_{judge}.jsonl")["rewards"]
-            for judge, name in self.reward_models().items()
-        }
-        found = drawn.add_column("rewards", list(both["training"]))
-        return found.add_column("judging_rewards", list(both["judging"]))
+    def scored(self, drawn: Dataset, judge: str) -> Dataset:
+        """Add the rewards of one reward model; responses seen before cost nothing."""
+        cache = self.runs / f"scores_{judge}.jsonl"
+        return score(drawn, self.reward_models()[judge], cache=cache)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Return the record of a cell, training and measuring it unless that is done."""
@@ -132,9 +126,9 @@ class Bench:
         """Train the policy of a cell into a folder."""
         if (output / "adapter_config.json").exists():
             return
-        groups = self.reference_draws("train", experiment)
-        drop = ["judging_rewards", "sampler_logps"]
-        job: Job = METHODS[cell.method](groups.remove_columns(drop), cell.strength, experiment)
+        groups = self.scored(self.reference_draws("train", experiment, measured=False), JUDGES[0])
+        groups = groups.remove_columns("sampler_logps")
+        job: Job = METHODS[cell.method](groups, cell.strength, experiment)
         config = {**experiment.training, **job.config}
         args = CTRLDPOConfig(
             str(output),
@@ -155,7 +149,7 @@ class Bench:
 
     def _measured(self, cell: Cell, experiment: Experiment, folder: Path) -> dict[str, Any]:
         """Measure the policy of a cell by fresh draws, under both reward models."""
-        reference = self.reference_draws(experiment.where, experiment)
+        reference = self.reference_draws(experiment.where, experiment, measured=True)
         drawn = sample(
             self.prompts(experiment.where),
             load_policy(folder / "adapter", load_in_8bit=experiment.load_in_8bit),
@@ -168,21 +162,13 @@ class Bench:
             output=folder / "draws",
             log_ratios=True,
         )
-        policy = self.scored(drawn)
         name = f"{cell.method} {cell.strength:g}"
         return {
             judge: evaluate(
-                _judged(policy, judge),
-                _judged(reference, judge),
+                self.scored(drawn, judge),
+                self.scored(reference, judge),
                 name=name,
                 procedures=experiment.measured,
             )
             for judge in JUDGES
         }
-
-
-def _judged(draws: Dataset, judge: str) -> Dataset:
-    """Return draws with the rewards of one of the reward models."""
-    if judge == "training":
-        return draws
-    return draws.remove_columns("rewards").rename_column("judging_rewards", "rewards")

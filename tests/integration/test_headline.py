@@ -84,7 +84,7 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
     monkeypatch.setattr("headline.RESULTS", tmp_path)
     cells = list(experiment.cells())
     first = [bench.run(cell) for cell in cells]
-    drawn = bench.folder / "reference_train_5" / "stage.json"
+    drawn = bench.folder / "reference_train_5_seed1" / "stage.json"
     before = drawn.stat().st_mtime_ns
     # a second run reads what is there: it could not draw or train without these
     monkeypatch.setattr("experiment.cells.load_policy", None)
