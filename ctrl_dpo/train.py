@@ -15,6 +15,7 @@ from ctrl_dpo.engine.checks import check_one_device, check_step_zero
 from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.losses import group_loss, pad_groups, share_of_update
+from ctrl_dpo.engine.memory import MemoryCallback
 from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics, token_metrics
 from ctrl_dpo.engine.models import load_tokenizer
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
@@ -134,7 +135,7 @@ class CTRLDPOTrainer(ResumableTrainer):
             eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get(""),
             processing_class=tokenizer,
             data_collator=partial(collate, share_prompt=args.share_prompt),
-            callbacks=[FootprintCallback(), *(callbacks or [])],
+            callbacks=[FootprintCallback(), MemoryCallback(), *(callbacks or [])],
         )
 
     def _tokenised(

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ctrl_dpo.engine.masks import attention_mask
 
 # small enough that a chunk's float32 logits stay in the allocator's and the processor's caches
-_CHUNK = 256
+HEAD_TOKENS = 256
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -144,8 +144,8 @@ def _chunked_logps(base: Any, hidden: torch.Tensor, batch: Batch) -> torch.Tenso
     head, config = base.get_output_embeddings(), base.config.get_text_config()
     trained = any(p.requires_grad for p in head.parameters())
     parts = []
-    for start in range(0, len(hidden), _CHUNK):
-        piece = hidden[start : start + _CHUNK], batch["token_ids"][start : start + _CHUNK]
+    for start in range(0, len(hidden), HEAD_TOKENS):
+        piece = hidden[start : start + HEAD_TOKENS], batch["token_ids"][start : start + HEAD_TOKENS]
         if not torch.is_grad_enabled():
             parts.append(_head_logps(head, config, *piece))
         elif trained:

@@ -1,0 +1,166 @@
+"""How much memory will training take? A bound before the first update, checked on the machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.logprobs import HEAD_TOKENS, causal_model, response_logps
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+# tokens of the row on which activations are measured
+_PROBE = 256
+# bytes of optimiser state per weight: two moments in float32, or in 8 bits with their scales
+_STATE_32, _STATE_8 = 8.0, 2.1
+# logits of a chunk, their float32 copy, its exponentials and both gradients
+_HEAD_COPIES = 5
+# what the allocator keeps beyond what is alive, and gradients that pass through the backward pass
+_ALLOCATOR = 1.25
+
+
+def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> dict[str, int]:
+    r"""Bound the memory of training beyond the weights, from the model's own activations.
+
+    .. math:: G + O + 1.25 \, (a \, T + V)
+
+    with G the gradients, O the optimiser's state, a the bytes that one token keeps for the backward
+    pass (counted in one pass over one row), T the tokens of the largest micro-batch, V the logits
+    of one chunk of the head. With activation checkpointing a token keeps its input of each layer,
+    and one layer of one row is alive at a time.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        Policy, as it will be trained.
+    rows : sequence of mapping
+        Training rows.
+    args : CTRLDPOConfig
+        Its batch size, ``share_prompt``, ``optim`` and ``activation_checkpointing``.
+
+    Returns
+    -------
+    dict of str to int
+        ``weights`` (which are there already), ``gradients``, ``optimiser``, ``activations`` and
+        ``head``, bytes on one device.
+    """
+    base = causal_model(model)
+    config = base.config.get_text_config()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    state = _STATE_8 if "8bit" in args.optim else _STATE_32
+    share = args.share_prompt
+    lengths = sorted((_length(row, share) for row in rows), reverse=True)
+    size, padded = args.per_device_train_batch_size, base.device.type != "cpu"
+    tokens = lengths[0] * size if padded else sum(lengths[:size])
+    probe = min(rows, key=lambda row: abs(_length(row, share) - _PROBE))
+    per_token = activation_bytes(model, probe, share) / _length(probe, share)
+    kept = per_token * tokens
+    if args.activation_checkpointing:
+        layers = config.num_hidden_layers
+        inputs = config.hidden_size * base.dtype.itemsize * layers
+        kept = inputs * tokens + per_token / layers * (tokens if padded else lengths[0])
+    logits = _HEAD_COPIES * 4 * HEAD_TOKENS * config.vocab_size
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradients": sum(p.numel() * p.element_size() for p in trained),
+        "optimiser": round(state * count),
+        "activations": round(_ALLOCATOR * kept),
+        "head": round(_ALLOCATOR * logits),
+    }
+
+
+def activation_bytes(model: Any, row: Mapping[str, Any], share_prompt: bool) -> int:
+    """Count the bytes that the backward pass of one row will need, weights aside.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        Policy; left in the mode it was in.
+    row : mapping
+        Training row.
+    share_prompt : bool
+        Row layout.
+
+    Returns
+    -------
+    int
+        Bytes of the distinct storages that are kept.
+    """
+    batch = collate([{k: row[k] for k in ("prompt_ids", "response_ids")}], share_prompt)
+    device = next(model.parameters()).device
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    was_training = model.training
+    model.eval()  # every activation is then kept, whatever is recomputed in training
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_counter(kept), _same):
+        alive = response_logps(model, {name: value.to(device) for name, value in batch.items()})
+    model.train(was_training)
+    total = sum(size for place, size in kept.items() if place not in weights)
+    del alive  # until here nothing was freed whose place another tensor could take
+    return total
+
+
+def _counter(kept: dict[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    return keep
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _length(row: Mapping[str, Any], share_prompt: bool) -> int:
+    """Count the tokens that a training row computes."""
+    prompts = 1 if share_prompt else len(row["response_ids"])
+    return prompts * len(row["prompt_ids"]) + sum(len(r) - 1 for r in row["response_ids"])
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+class MemoryCallback(TrainerCallback):
+    """Log the bound when training begins; warn, with what lowers it, where it is not there."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the bound with the memory that is free."""
+        model = kwargs["model"]
+        bound = memory_bound(model, kwargs["train_dataloader"].dataset, args)
+        needed = sum(size for part, size in bound.items() if part != "weights")
+        free = free_memory(next(model.parameters()).device)
+        parts = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in bound.items())
+        logger.info("memory: at most %.2f GiB beyond the weights (%s)", needed / _GIB, parts)
+        if needed > free:
+            logger.warning(
+                "memory: training may take %.2f GiB beyond the weights, and %.2f GiB are free. "
+                "To lower it: %s.",
+                needed / _GIB,
+                free / _GIB,
+                _remedy(bound, args),
+            )
+
+
+def _remedy(bound: Mapping[str, int], args: Any) -> str:
+    """Name the setting that lowers the largest part."""
+    if bound["gradients"] + bound["optimiser"] > bound["activations"]:
+        return "a smaller lora_r, or optim=adamw_8bit"
+    if args.per_device_train_batch_size > 1:
+        return "a smaller per_device_train_batch_size, with more gradient_accumulation_steps"
+    if not args.activation_checkpointing:
+        return "activation_checkpointing=True"
+    return "a smaller max_prompt_length or max_response_length"
