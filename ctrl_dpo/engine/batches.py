@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 PADDING = -1
+# pairs of tokens that attention compares in the time that a token takes in all other products:
+# measured on width 576 (benchmarks/scaling.py), more on wider models
+_PAIRS_PER_TOKEN = 2048
 
 
 def collate(
@@ -24,7 +27,8 @@ def collate(
         several groups, given by the places of their responses, ``targets`` has one number per
         member, and ``weight`` one per group.
     share_prompt : bool
-        One row per group, in which a response sees the prompt and itself; else one per response.
+        One row per group, in which a response sees the prompt and itself, where that is faster
+        (:func:`pays_to_share`); else one per response.
 
     Returns
     -------
@@ -90,9 +94,43 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 def _rows(
     groups: Sequence[Mapping[str, Any]], share_prompt: bool
 ) -> list[tuple[list[int], list[list[int]]]]:
-    if share_prompt:
-        return [(g["prompt_ids"], g["response_ids"]) for g in groups]
-    return [(g["prompt_ids"], [r]) for g in groups for r in g["response_ids"]]
+    rows: list[tuple[list[int], list[list[int]]]] = []
+    for group in groups:
+        prompt, responses = group["prompt_ids"], group["response_ids"]
+        if share_prompt and pays_to_share(len(prompt), [len(r) for r in responses]):
+            rows.append((prompt, responses))
+        else:
+            rows += [(prompt, [response]) for response in responses]
+    return rows
+
+
+def pays_to_share(prompt: int, responses: Sequence[int]) -> bool:
+    """Tell whether one row for a group is faster than a row for each response.
+
+    A shared row saves prompts, but its masked attention compares all tokens of the row, where a
+    row of one text compares half of its square. Long responses to a short prompt are faster apart.
+
+    Parameters
+    ----------
+    prompt : int
+        Tokens of the prompt.
+    responses : sequence of int
+        Tokens of each response.
+
+    Returns
+    -------
+    bool
+        By the lengths alone, so that policy and reference lay a group out alike.
+
+    Examples
+    --------
+    >>> pays_to_share(128, [48, 48]), pays_to_share(128, [512, 512])
+    (True, False)
+    """
+    saved = (len(responses) - 1) * prompt
+    together = (prompt + sum(responses)) ** 2
+    apart = sum((prompt + response) ** 2 for response in responses) // 2
+    return saved * _PAIRS_PER_TOKEN >= together - apart
 
 
 def _lay_out(prompt: list[int], responses: list[list[int]]) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.batches import collate, pays_to_share
 from ctrl_dpo.engine.logprobs import HEAD_TOKENS, causal_model, response_logps
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,9 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 def _length(row: Mapping[str, Any], share_prompt: bool) -> int:
     """Count the tokens that a training row computes."""
-    prompts = 1 if share_prompt else len(row["response_ids"])
-    return prompts * len(row["prompt_ids"]) + sum(len(r) - 1 for r in row["response_ids"])
+    prompt, responses = len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]
+    shared = share_prompt and pays_to_share(prompt, responses)
+    return (1 if shared else len(responses)) * prompt + sum(n - 1 for n in responses)
 
 
 def free_memory(device: torch.device) -> int:

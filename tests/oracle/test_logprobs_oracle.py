@@ -88,3 +88,21 @@ def test_numbers_follow_their_responses():
     assert batch["group_of"].tolist() == [0, 0, 0, 1, 2, 2]
     assert batch["slot_of"].tolist() == [0, 1, 2, 0, 0, 1]
     assert "reference_logps" not in batch
+
+
+def test_long_responses_to_a_short_prompt_have_rows_of_their_own():
+    def rows(prompt, lengths):
+        responses = [[7] * n for n in lengths]
+        return len(collate([{"prompt_ids": [5] * prompt, "response_ids": responses}])["input_ids"])
+
+    assert rows(128, [48, 48]) == 1
+    assert rows(128, [512, 512]) == 2
+    assert rows(1024, [512, 512]) == 1
+    # two rows of 640 tokens: 1280 tokens and 640^2 pairs, against 1152 tokens and 1152^2 pairs
+    assert (1280 - 1152) * 2048 < 1152**2 - 640**2
+    group = {"prompt_ids": [5] * 4, "response_ids": [[7] * 100, [8] * 90]}
+    model, batch = tiny_llama(), collate([group])
+    assert batch["owners"].bincount().tolist() == [100, 90]
+    wanted = torch.stack(plain(model, [group])).float().detach()
+    # 100 tokens of float32
+    assert response_logps(model, batch).detach() == pytest.approx(wanted, abs=1e-3)
