@@ -153,7 +153,7 @@ def drawn_share(folder, loss: str, form: str, procedure: str) -> float:
         return shares(fit(folder, data, 300, **settings), procedure)[0]
     couples = pairs(data, "random:100")
     settings["per_device_train_batch_size"] = 256
-    return shares(fit(folder, couples, 400, **settings), procedure)[0]
+    return shares(fit(folder, couples, 150, **settings), procedure)[0]
 
 
 def hard_label_share(folder, beta: float, procedure: str) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from ctrl_dpo.engine.batches import collate, pays_to_share
@@ -141,6 +142,9 @@ class MemoryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Compare the bound with the memory that is free."""
         model = kwargs["model"]
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            logger.info("memory: no bound is made where weights are sharded over processes")
+            return
         bound = memory_bound(model, kwargs["train_dataloader"].dataset, args)
         needed = sum(size for part, size in bound.items() if part != "weights")
         free = free_memory(next(model.parameters()).device)
