@@ -27,4 +27,4 @@ ruff format --check .
 mypy
 lint-imports
 # one test process a core, each on one thread
-OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 -m "not gpu" --cov --cov-report=term
+OMP_NUM_THREADS=1 pytest -n auto --maxprocesses 4 --dist worksteal -m "not gpu" --cov --cov-report=term
