@@ -150,7 +150,8 @@ def drawn_share(folder, loss: str, form: str, procedure: str) -> float:
     """Fit labelled draws, as groups or as pairs; share of the possible objective."""
     data, settings = labelled(procedure), {"loss": loss, "learning_rate": RATES[loss]}
     if form == "groups":
-        return shares(fit(folder, data, 300, per_device_train_batch_size=8, **settings), procedure)[0]
+        settings["per_device_train_batch_size"] = 8
+        return shares(fit(folder, data, 300, **settings), procedure)[0]
     couples = pairs(data, "random:100")
     settings["per_device_train_batch_size"] = 256
     return shares(fit(folder, couples, 150, **settings), procedure)[0]
