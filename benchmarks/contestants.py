@@ -143,7 +143,7 @@ def _measure(model: str, side: str, workload: dict[str, Any]) -> dict[str, Any]:
             trainer.training_step(trainer.model, batch)
         found["flops"] = counter.get_total_flops()
         if side.startswith("ours"):
-            found["ideal_flops"] = ideal_flops(trainer.model, batch)
+            found["ideal_flops"] = sum(ideal_flops(trainer.model, p) for p in batch["passes"])
     return found
 
 

@@ -74,6 +74,12 @@ class CTRLDPOConfig(TrainingArguments):
         "Limit in tokens; longer responses are cut and lose their end token, and are counted.", None
     )
     share_prompt: bool = _doc("Compute a prompt once for all its responses.", True)
+    max_tokens_per_pass: int | None = _doc(
+        "Tokens of one forward and backward pass, a bound of memory: micro-batches are computed in "
+        "passes of groups of similar length. By default one group at a time on a processor, where "
+        "more are not faster, else 16384. Not used where weights are sharded over processes.",
+        None,
+    )
     load_in_8bit: bool = _doc("Hold the base model's linear layers in int8 (bitsandbytes).", False)
     model_dtype: str = _doc("Type of weights and activations of a model given by name.", "bfloat16")
     reference_cache: str | None = _doc(
@@ -100,7 +106,7 @@ class CTRLDPOConfig(TrainingArguments):
         for name in ("beta", "target_kl"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
-        for name in ("max_prompt_length", "max_response_length"):
+        for name in ("max_prompt_length", "max_response_length", "max_tokens_per_pass"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
         self._check_numbers()
@@ -113,6 +119,8 @@ class CTRLDPOConfig(TrainingArguments):
             self.use_cpu = True
             self.dataloader_pin_memory = False
         super().__post_init__()
+        if self.max_tokens_per_pass is None:
+            self.max_tokens_per_pass = 1 if self.device.type == "cpu" else 16384
 
     def _check_numbers(self) -> None:
         if not check_positive("learning_rate", self.learning_rate) <= 1:

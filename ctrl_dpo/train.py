@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
-from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.batches import row_lengths
 from ctrl_dpo.engine.checks import check_one_device, check_step_zero
 from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.logprobs import response_logps
@@ -18,6 +18,7 @@ from ctrl_dpo.engine.losses import group_loss, pad_groups, share_of_update
 from ctrl_dpo.engine.memory import MemoryCallback
 from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics, token_metrics
 from ctrl_dpo.engine.models import load_tokenizer
+from ctrl_dpo.engine.passes import LengthPools, collate_passes
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
@@ -134,9 +135,16 @@ class CTRLDPOTrainer(ResumableTrainer):
             train_dataset=rows,
             eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get(""),
             processing_class=tokenizer,
-            data_collator=partial(collate, share_prompt=args.share_prompt),
+            data_collator=self._collator(args, args.max_tokens_per_pass),
             callbacks=[FootprintCallback(), MemoryCallback(), *(callbacks or [])],
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # every pass gathers the weights of all processes, which must make equally many
+            self.data_collator = self._collator(args, None)
+
+    @staticmethod
+    def _collator(args: CTRLDPOConfig, max_tokens: int | None) -> Any:
+        return partial(collate_passes, share_prompt=args.share_prompt, max_tokens=max_tokens)
 
     def _tokenised(
         self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig
@@ -172,7 +180,7 @@ class CTRLDPOTrainer(ResumableTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss over the groups of a batch, or a batch's share in an update's."""
+        """Return the mean loss over the groups of a pass, or a pass's share in an update's."""
         means = self._means["train" if model.training else "eval"]
         means.start()
         logps = self._logps(model, inputs)
@@ -202,18 +210,39 @@ class CTRLDPOTrainer(ResumableTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
         """Count the groups of an update: micro-batches and processes may hold unequal numbers."""
-        groups = sum(int(batch["group_of"][-1]) + 1 for batch in batch_samples)
+        groups = sum(len(batch["weights"]) for batch in batch_samples)
         counts: torch.Tensor = self.accelerator.gather(torch.tensor(groups, device=device))
         return counts.sum()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of the rows, with batches of similar lengths where they are asked for."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [sum(row_lengths(row, self.args.share_prompt)) for row in rows]
+        size = self.args.train_batch_size * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthPools(lengths, size, seed)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Estimate the operations of a micro-batch as transformers does, over its passes."""
+        return sum(super(CTRLDPOTrainer, self).floating_point_ops(p) for p in inputs["passes"])
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Make one forward and backward pass; before the first, compare with the reference."""
+        """Make the passes of a micro-batch; before the first, compare with the reference."""
         if self.state.global_step == 0 and self._is_fresh:
             self._is_fresh = False
             self._check_step_zero(model, self._prepare_inputs(inputs))
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        *first, last = inputs["passes"]
+        share = torch.zeros((), device=self.args.device)
+        for part in first:
+            with self.accelerator.no_sync(model):  # processes meet once, after the last
+                share += super().training_step(model, part, num_items_in_batch)
+        loss: torch.Tensor = share + super().training_step(model, last, num_items_in_batch)
         return loss
 
     @torch.no_grad()
@@ -223,19 +252,22 @@ class CTRLDPOTrainer(ResumableTrainer):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.eval()
-        logps = self._logps(model, inputs)
+        gaps = [self._logps(model, part) - part["reference_logps"] for part in inputs["passes"]]
         model.train()
-        worst = (logps - inputs["reference_logps"]).abs().max()
         # the worst of all processes, so that all of them stop
+        worst = torch.cat(gaps).abs().max()
         check_step_zero(self.accelerator.gather(worst), self.model.dtype)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """Return the loss of an evaluation batch; its metrics are collected by the way."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
+            sums = [
+                self.compute_loss(model, part) * len(part["weights"]) for part in inputs["passes"]
+            ]
+        return torch.stack(sums).sum() / len(inputs["weights"]), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the collected metrics to a log row."""

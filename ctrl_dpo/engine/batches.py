@@ -133,6 +133,25 @@ def pays_to_share(prompt: int, responses: Sequence[int]) -> bool:
     return saved * _PAIRS_PER_TOKEN >= together - apart
 
 
+def row_lengths(group: Mapping[str, Any], share_prompt: bool) -> list[int]:
+    """Return the tokens that each row of a group computes.
+
+    Parameters
+    ----------
+    group : mapping
+        ``prompt_ids`` and ``response_ids``.
+    share_prompt : bool
+        Row layout, see :func:`collate`.
+
+    Returns
+    -------
+    list of int
+        One number per row; the last token of a response predicts nothing and is not computed.
+    """
+    rows = _rows([group], share_prompt)
+    return [len(prompt) + sum(len(r) - 1 for r in responses) for prompt, responses in rows]
+
+
 def _lay_out(prompt: list[int], responses: list[list[int]]) -> dict[str, list[int]]:
     """Lay one row out; the last token of a response predicts nothing and is left out."""
     row = {"ids": list(prompt), "positions": list(range(len(prompt)))}

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ctrl_dpo.engine.models import linear_8bit_modules, load_tokenizer
+from ctrl_dpo.engine.int8 import linear_8bit_modules
+from ctrl_dpo.engine.models import load_tokenizer
 from ctrl_dpo.engine.policies import ADAPTER_OFF, FROZEN_ADAPTER, ReferencePolicy
 
 # nats per response by which policy and reference may differ before the first update on an

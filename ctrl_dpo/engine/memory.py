@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from ctrl_dpo.engine.batches import collate, pays_to_share
+from ctrl_dpo.engine.batches import collate, row_lengths
 from ctrl_dpo.engine.logprobs import HEAD_TOKENS, causal_model, response_logps
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
     .. math:: G + O + 1.25 \, (a \, T + V)
 
     with G the gradients, O the optimiser's state, a the bytes that one token keeps for the backward
-    pass (counted in one pass over one row), T the tokens of the largest micro-batch, V the logits
+    pass (counted in one pass over one row), T the tokens of the largest pass, V the logits
     of one chunk of the head. With activation checkpointing a token keeps its input of each layer,
     and one layer of one row is alive at a time.
 
@@ -44,7 +44,8 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
     rows : sequence of mapping
         Training rows.
     args : CTRLDPOConfig
-        Its batch size, ``share_prompt``, ``optim`` and ``activation_checkpointing``.
+        Its batch size, ``max_tokens_per_pass``, ``share_prompt``, ``optim`` and
+        ``activation_checkpointing``.
 
     Returns
     -------
@@ -59,15 +60,16 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
     state = _STATE_8 if "8bit" in args.optim else _STATE_32
     share = args.share_prompt
     lengths = sorted((_length(row, share) for row in rows), reverse=True)
-    size, padded = args.per_device_train_batch_size, base.device.type != "cpu"
-    tokens = lengths[0] * size if padded else sum(lengths[:size])
+    largest = sum(lengths[: args.per_device_train_batch_size])
+    tokens = max(lengths[0], min(largest, args.max_tokens_per_pass))
+    one_row = lengths[0] if base.device.type == "cpu" else tokens
     probe = min(rows, key=lambda row: abs(_length(row, share) - _PROBE))
     per_token = activation_bytes(model, probe, share) / _length(probe, share)
     kept = per_token * tokens
     if args.activation_checkpointing:
         layers = config.num_hidden_layers
         inputs = config.hidden_size * base.dtype.itemsize * layers
-        kept = inputs * tokens + per_token / layers * (tokens if padded else lengths[0])
+        kept = inputs * tokens + per_token / layers * one_row
     logits = _HEAD_COPIES * 4 * HEAD_TOKENS * config.vocab_size
     return {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -123,10 +125,9 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _length(row: Mapping[str, Any], share_prompt: bool) -> int:
-    """Count the tokens that a training row computes."""
-    prompt, responses = len(row["prompt_ids"]), [len(r) for r in row["response_ids"]]
-    shared = share_prompt and pays_to_share(prompt, responses)
-    return (1 if shared else len(responses)) * prompt + sum(n - 1 for n in responses)
+    """Count the tokens of a group, with those that its own rows are padded by."""
+    lengths = row_lengths(row, share_prompt)
+    return len(lengths) * max(lengths)
 
 
 def free_memory(device: torch.device) -> int:
@@ -164,8 +165,8 @@ def _remedy(bound: Mapping[str, int], args: Any) -> str:
     """Name the setting that lowers the largest part."""
     if bound["gradients"] + bound["optimiser"] > bound["activations"]:
         return "a smaller lora_r, or optim=adamw_8bit"
-    if args.per_device_train_batch_size > 1:
-        return "a smaller per_device_train_batch_size, with more gradient_accumulation_steps"
+    if args.max_tokens_per_pass > 1 and args.per_device_train_batch_size > 1:
+        return "a smaller max_tokens_per_pass"
     if not args.activation_checkpointing:
         return "activation_checkpointing=True"
     return "a smaller max_prompt_length or max_response_length"

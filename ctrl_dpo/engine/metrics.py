@@ -180,15 +180,21 @@ def token_metrics(batch: Mapping[str, Tensor]) -> Sums:
     -------
     dict of str to (Tensor, Tensor)
         ``response_length`` (tokens, end token included), ``truncated``, the share of responses
-        without their end, and the tokens computed, prompts included.
+        without their end, ``useful_tokens``, the share of the computed tokens that are not
+        padding, and the tokens computed for use, prompts included.
     """
     cut = batch["truncated"]
     responses = torch.full_like(cut[0], len(cut))
+    useful = (batch["segments"] >= 0).to(cut.dtype).sum()
+    # a processor computes rows one by one, see logprobs.response_token_logps
+    padded = torch.full_like(cut[0], batch["segments"].numel())
+    computed = useful if cut.device.type == "cpu" else padded
     return {
         "response_length": (torch.full_like(cut[0], len(batch["token_ids"])), responses),
         "truncated": (cut.sum(), responses),
+        "useful_tokens": (useful, computed),
         # the time is filled in when the mean is taken
-        SPEED: ((batch["segments"] >= 0).to(cut.dtype).sum(), torch.zeros_like(responses)),
+        SPEED: (useful, torch.zeros_like(responses)),
     }
 
 

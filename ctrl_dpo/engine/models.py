@@ -11,6 +11,7 @@ import torch
 
 from ctrl_dpo._validation import check_choice
 from ctrl_dpo.engine.adapters import speed_up_adapters
+from ctrl_dpo.engine.int8 import ScaledLinear, fix_8bit_forward, linear_8bit_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,34 +96,6 @@ def load_model(
     return model.eval()
 
 
-def linear_8bit_modules(model: torch.nn.Module) -> list[Any]:
-    """List the bitsandbytes int8 layers of a model; empty when it has none."""
-    if not getattr(model, "is_loaded_in_8bit", False):
-        return []
-    import bitsandbytes as bnb
-
-    return [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
-
-
-def fix_8bit_forward(model: torch.nn.Module) -> None:
-    """Make the int8 layers one function in training and evaluation.
-
-    On CPU and XPU, bitsandbytes multiplies by dequantised weights while ``training`` is set and
-    quantises the activations too otherwise: two functions that differ by nats per response. The
-    flag is forced on before each forward pass, so that reference and policy are the same function.
-    """
-    # one warning per layer and forward pass about the cast of the activations
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    for module in linear_8bit_modules(model):
-        if _set_training not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_set_training)
-
-
-def _set_training(module: torch.nn.Module, args: object) -> None:
-    """Set the flag on one layer only; a lambda could not be pickled by a checkpoint."""
-    module.training = True
-
-
 def switch_dropout_off(model: Any) -> None:
     """Set the base model's dropout to 0; an adapter's own is left.
 
@@ -196,9 +169,9 @@ def adapter_off(model: Any) -> Iterator[Any]:
 def prepare_for_generation(model: Any) -> Any:
     """Turn a loaded policy into its fastest equal for drawing: no int8 layer, one float type.
 
-    Decoding does one small product per layer and token, so dequantising every int8 weight each time
-    would cost more than the product. They are dequantised once, with the rounding of the training
-    forward pass, so the drawn policy is the trained one. The model cannot be trained afterwards.
+    Decoding does one small product per layer and token, so turning every int8 weight to a float each
+    time would cost more than the product. That is done once, and the drawn policy is the trained
+    one to the last bit. The model cannot be trained afterwards.
 
     Parameters
     ----------
@@ -211,7 +184,7 @@ def prepare_for_generation(model: Any) -> Any:
         The same object.
     """
     compute = model.dtype
-    replaced = {id(module): _dequantised(module, compute) for module in linear_8bit_modules(model)}
+    replaced = {id(each): ScaledLinear(each, compute) for each in linear_8bit_modules(model)}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in replaced:
@@ -221,17 +194,3 @@ def prepare_for_generation(model: Any) -> Any:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(compute)
     return model.eval()
-
-
-def _dequantised(module: Any, dtype: torch.dtype) -> torch.nn.Linear:
-    """Return the float layer that an int8 layer computes in the training forward pass."""
-    scale = module.state.SCB if module.state.SCB is not None else module.weight.SCB
-    # the expression and the order of rounding of bitsandbytes' MatMul8bitFp
-    weight = module.weight.data.to(dtype).mul_(scale.unsqueeze(1).mul(1.0 / 127.0))
-    linear = torch.nn.Linear(
-        module.in_features, module.out_features, bias=module.bias is not None, device="meta"
-    )
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    if module.bias is not None:
-        linear.bias = torch.nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
-    return linear

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ctrl_dpo.data.folders import installed_versions
-from ctrl_dpo.engine import batches, logprobs, masks, models
+from ctrl_dpo.engine import batches, int8, logprobs, masks, models
 
-_FORWARD_PATH = (batches, logprobs, masks, models)
+_FORWARD_PATH = (batches, int8, logprobs, masks, models)
 _LIBRARIES = ("torch", "transformers", "bitsandbytes", "peft")
 # names and places, which move, and what is not used in a forward pass over known tokens
 _NOT_NUMBERS = {"_name_or_path", "_commit_hash", "transformers_version", "use_cache", "torch_dtype"}

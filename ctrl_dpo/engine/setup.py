@@ -11,12 +11,8 @@ import torch
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.adapters import speed_up_adapters
 from ctrl_dpo.engine.checks import check_8bit, check_model, check_tokenizer
-from ctrl_dpo.engine.models import (
-    fix_8bit_forward,
-    linear_8bit_modules,
-    load_policy,
-    switch_dropout_off,
-)
+from ctrl_dpo.engine.int8 import fix_8bit_forward, linear_8bit_modules
+from ctrl_dpo.engine.models import load_policy, switch_dropout_off
 from ctrl_dpo.engine.policies import ReferencePolicy, choose_reference
 
 

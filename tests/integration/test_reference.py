@@ -150,7 +150,8 @@ def logratios(made) -> torch.Tensor:
     for inputs in made.get_train_dataloader():
         inputs = made._prepare_inputs(inputs)
         with torch.no_grad():
-            parts.append(made._logps(made.model, inputs) - inputs["reference_logps"])
+            for part in inputs["passes"]:
+                parts.append(made._logps(made.model, part) - part["reference_logps"])
     return torch.cat(parts)
 
 

@@ -159,6 +159,39 @@ def test_accumulation_is_the_large_batch(tmp_path):
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["squared", "softmax", "soft_label", "dpo", "ipo"])
+def test_passes_change_nothing_but_memory(loss, tmp_path):
+    found = []
+    for limit in (1, 40, 10**6):
+        folder = tmp_path / str(limit)
+        settings = {"loss": loss, "beta": 0.2} if loss in ("dpo", "ipo") else {"loss": loss}
+        made = trainer(
+            folder, max_tokens_per_pass=limit, per_device_train_batch_size=4, max_steps=3, **settings
+        )
+        batch = next(iter(made.get_train_dataloader()))
+        assert len(batch["passes"]) == {1: 4, 40: 2, 10**6: 1}[limit]
+        made.train()
+        found.append([(row["loss"], row["grad_norm"]) for row in logged(folder)])
+        assert logged(folder)[0]["useful_tokens"] == 1.0
+        made.evaluate(labels())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        found[-1].append((rows[-1]["eval_loss"], rows[-1]["eval_fit/r2"]))
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=2e-5)
+
+
+def test_batches_of_similar_length_are_repeated_on_resuming(tmp_path):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    settings |= {"train_sampling_strategy": "group_by_length"}
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert type(whole._get_train_sampler()).__name__ == "LengthPools"
+
+
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     whole = trainer(tmp_path / "whole", **settings)
