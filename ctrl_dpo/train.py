@@ -215,7 +215,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         return counts.sum()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the order of the rows, with batches of similar lengths where they are asked for."""
+        """Return the order of the rows, in batches of similar lengths where those are asked for."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset

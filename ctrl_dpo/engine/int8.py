@@ -100,6 +100,10 @@ class ScaledLinear(torch.nn.Module):
         Type that holds the integers, that of the activations.
     """
 
+    weight: torch.Tensor
+    absmax: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features

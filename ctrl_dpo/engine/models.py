@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,9 +168,9 @@ def adapter_off(model: Any) -> Iterator[Any]:
 def prepare_for_generation(model: Any) -> Any:
     """Turn a loaded policy into its fastest equal for drawing: no int8 layer, one float type.
 
-    Decoding does one small product per layer and token, so turning every int8 weight to a float each
-    time would cost more than the product. That is done once, and the drawn policy is the trained
-    one to the last bit. The model cannot be trained afterwards.
+    Decoding does one small product per layer and token, so turning every int8 weight to a float
+    each time would cost more than the product. That is done once, and the drawn policy is the
+    trained one to the last bit. The model cannot be trained afterwards.
 
     Parameters
     ----------
