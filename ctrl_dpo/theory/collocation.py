@@ -213,18 +213,17 @@ def _panels_for(equation: Equation, start: Trajectory) -> Panels:
 
 def _left_edge(equation: Equation, start: Trajectory) -> float:
     """Return a logit with next to no mass below it, but not far into a precipitous fall."""
-    left, step = float(start.t[0]), 1.0
-    while _mass_below(equation, start, left) > -_MARGIN and left > -_MARGIN:
+    first = float(start.t[0])
+    t = first - np.arange(max(first + _MARGIN, 0.0) + 1.0)
+    while True:
+        log_mass = _log_density_left(equation, first, start.log_density[0], t) + t  # first order
+        enough = log_mass <= -_MARGIN
+        enough[-1] = True
+        i = int(enough.argmax())
         # a polynomial cannot follow log p from -40 to -1e11, and its wiggles would have mass
-        while _mass_below(equation, start, left - step) < -2 * _MARGIN and step > 1e-9:
-            step /= 2
-        left -= step
-    return left
-
-
-def _mass_below(equation: Equation, start: Trajectory, t: float) -> float:
-    """Return log of the policy's mass below a logit left of a trajectory, to first order."""
-    return float(_log_density_left(equation, start.t[0], start.log_density[0], np.array(t)) + t)
+        if i == 0 or log_mass[i] >= -2 * _MARGIN or t[i - 1] - t[i] < 1e-9:
+            return float(t[i])
+        t = np.linspace(t[i - 1], t[i], 33)
 
 
 def _log_density_left(

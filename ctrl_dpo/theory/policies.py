@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from scipy import optimize
-
 from ctrl_dpo._validation import check_positive
+from ctrl_dpo.theory.budget import Budget, is_exact
 from ctrl_dpo.theory.density import CalibratedPolicy, FloatArray, assemble, kl_of
-from ctrl_dpo.theory.optimum import SMALLEST_BETA, NoOptimumError, optimal_policy
+from ctrl_dpo.theory.optimum import optimal_policy
 from ctrl_dpo.theory.panels import Points
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 from ctrl_dpo.theory.transformation import (
@@ -23,9 +22,6 @@ from ctrl_dpo.theory.transformation import (
 
 _SIDE = 1e-6
 _UNRESOLVED = 1e-9
-_FIRST_STEP = 0.3  # in log beta; tripled until the budget is bracketed
-_SEARCHED = 300.0
-_EXACT = 1e-9  # relative error of the KL beyond which no beta gives it: the KL jumps there
 
 
 def policy_of(
@@ -146,7 +142,7 @@ def match_kl(
             f"kl must be one whose optimum float64 can hold; got {kl!r} for {procedure} against "
             f"{against}. Choose a smaller KL."
         )
-    if not _is_exact(reached, kl):
+    if not is_exact(reached, kl):
         sides = sorted(budget.kl_at(beta * side) for side in (1 - _SIDE, 1 + _SIDE))
         raise ValueError(
             f"kl must be one that the {budget.name} policy reaches; got {kl!r}, where the KL goes "
@@ -217,63 +213,14 @@ def frontier(
         budget = _budget(transformation, procedure, against)
         for kl in kls:
             beta, reached = budget.nearest(kl)
-            if not _is_exact(reached, kl):
+            if not is_exact(reached, kl):
                 rows.append(FrontierPoint(budget.name, kl, math.nan, math.nan))
                 continue
             rows.append(FrontierPoint(budget.name, kl, beta, budget.policy_at(beta).win_rate))
-            budget = replace(budget, guess=beta)  # the next search starts here
     return rows
 
 
-@dataclass(frozen=True)
-class _Budget:
-    """Policies of falling KL as beta rises, and a first guess of beta."""
-
-    name: str
-    policy_at: Callable[[float], CalibratedPolicy]
-    kl_at: Callable[[float], float]
-    guess: float
-
-    def nearest(self, kl: float) -> tuple[float, float]:
-        """Return the beta of a KL and the KL there, or NaN where no optimum could be solved."""
-        try:
-            return self._nearest(kl)
-        except NoOptimumError:
-            return math.nan, math.nan
-
-    def _nearest(self, kl: float) -> tuple[float, float]:
-        """Return the beta of a KL and the KL there; it differs where no beta gives it."""
-
-        def gap(log_beta: float) -> float:
-            value = math.log(max(self.kl_at(math.exp(log_beta)), 1e-300) / kl)
-            return 0.0 if abs(value) < _EXACT / 10 else value  # brentq stops at an exact zero
-
-        low, high = self._bracket(gap)
-        log_beta = min(low, high, key=lambda end: abs(gap(end)))
-        if gap(low) * gap(high) < 0:
-            log_beta = float(optimize.brentq(gap, low, high, xtol=1e-12, rtol=1e-13))
-        beta = math.exp(log_beta)
-        return beta, self.kl_at(beta)
-
-    def _bracket(self, gap: Callable[[float], float]) -> tuple[float, float]:
-        """Return log betas with a KL above and below the budget, or the last two tried."""
-        near = math.log(self.guess)
-        rising = gap(near) > 0
-        step = _FIRST_STEP
-        while step < _SEARCHED:
-            far = near + step if rising else max(near - step, math.log(SMALLEST_BETA))
-            if (gap(far) > 0) != rising:
-                break
-            near, step = far, 3 * step
-        return min(near, far), max(near, far)
-
-
-def _is_exact(reached: float, kl: float) -> bool:
-    """Return whether a KL is the one asked for, to rounding."""
-    return abs(reached / kl - 1) < _EXACT
-
-
-def _budget(transformation: Any, procedure: Procedure, against: Procedure) -> _Budget:
+def _budget(transformation: Any, procedure: Procedure, against: Procedure) -> Budget:
     """Return the policies of a transformation, or of the exact optimum, by beta."""
     if isinstance(transformation, str):
         if transformation != "optimal":
@@ -285,7 +232,7 @@ def _budget(transformation: Any, procedure: Procedure, against: Procedure) -> _B
         def optimum(beta: float) -> CalibratedPolicy:
             return optimal_policy(procedure, beta, against)
 
-        return _Budget("optimal", optimum, lambda beta: optimum(beta).kl, 0.3)
+        return Budget("optimal", optimum, lambda beta: optimum(beta).kl, 0.3)
     given = as_transformation(transformation)
 
     def kl_at(beta: float) -> float:
@@ -294,6 +241,4 @@ def _budget(transformation: Any, procedure: Procedure, against: Procedure) -> _B
 
     # KL is about Var(Phi) / (2 beta^2) while small
     guess = standard_deviation(given)
-    return _Budget(
-        str(given), lambda beta: policy_of(given, beta, procedure, against), kl_at, guess
-    )
+    return Budget(str(given), lambda beta: policy_of(given, beta, procedure, against), kl_at, guess)
