@@ -14,7 +14,7 @@ DPI = 150
 # Okabe and Ito (2008): told apart with every common colour blindness; markers and dashes differ too
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-DASHES = ("-", "--", ":", "-.")
+DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 _STYLE: Any = {
     "font.size": 11,
     "axes.titlesize": 12,

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ctrl_dpo._validation import check_positive
 from ctrl_dpo.measures import plots
 from ctrl_dpo.measures.figure_style import DPI
 from ctrl_dpo.measures.tables import table
-from ctrl_dpo.theory.policies import frontier
-from ctrl_dpo.theory.procedures import parse_procedure
+from ctrl_dpo.theory.policies import FrontierPoint, frontier
+from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 from ctrl_dpo.theory.sensitivity import sensitivity
 from ctrl_dpo.transform import Exponential, Identity, Log, NormalQuantile
 
@@ -46,9 +47,8 @@ def frontier_rows(
     """
     rows: list[dict[str, Any]] = []
     for procedure in map(parse_procedure, procedures):
-        exponential = Exponential(rate if procedure.is_convex else -rate)
-        points = frontier(procedure, ["optimal", exponential, Identity()], kls, against)
-        rows += [{"procedure": str(procedure), **asdict(point)} for point in points]
+        compared = ["optimal", _exponential(procedure, rate), Identity()]
+        rows += _rows(procedure, frontier(procedure, compared, kls, against))
     return rows
 
 
@@ -75,21 +75,20 @@ def frontier_page(
     str
         The table, as Markdown. A dash: the transformation cannot reach that KL.
     """
-    served = parse_procedure(procedure)
-    steep = Exponential(rate if served.is_convex else -rate)
-    points = frontier(
-        served, ["optimal", steep, Identity(), Log(), NormalQuantile()], [kl], against
-    )
+    served, kl = parse_procedure(procedure), check_positive("kl", kl)
+    compared = ["optimal", _exponential(served, rate), Identity(), Log(), NormalQuantile()]
     rows = [
-        [point.transformation, *map(_number, (point.beta, point.win_rate, point.kl))]
+        [point.transformation, f"{point.beta:.5g}", f"{point.win_rate:.4f}", f"{point.kl:.4f}"]
         if not math.isnan(point.beta)
         else [point.transformation, "-", "-", "-"]
-        for point in points
+        for point in frontier(served, compared, [kl], against)
     ]
     kls = (2 * kl * np.linspace(0.02, 1, 40) ** 2).tolist()
-    title = f"What each nat of KL can buy for a policy used through {plots.words(str(served))}"
-    figure = plots.frontier_figure(frontier_rows([str(served)], kls, against, rate), (), title)
-    figure.savefig(picture, dpi=DPI)
+    title = "What each nat of KL can buy"
+    if against is not None:
+        title += f"\nagainst {plots.words(str(parse_procedure(against)))} of the reference policy"
+    curves = _rows(served, frontier(served, compared, kls, against))
+    plots.frontier_figure(curves, (), title).savefig(picture, dpi=DPI)
     header = ["transformation", "beta", "inference-time win rate", "KL (nats)"]
     return f"{table(header, rows)}\n\n{picture}"
 
@@ -129,5 +128,12 @@ def sensitivity_page(
     return f"{table(header, rows)}\n\n{picture}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.4f}"
+def _exponential(procedure: Procedure, rate: float) -> Exponential:
+    """Return the exponential that leans to the end the procedure keeps."""
+    rate = check_positive("rate", rate)
+    return Exponential(rate if procedure.is_convex else -rate)
+
+
+def _rows(procedure: Procedure, points: Sequence[FrontierPoint]) -> list[dict[str, Any]]:
+    """Return a frontier as rows of a figure."""
+    return [{"procedure": str(procedure), **asdict(point)} for point in points]

@@ -93,9 +93,11 @@ def _curves(axis: Axes, rows: Sequence[Row]) -> None:
         kls, win_rates = np.array(curve, dtype=float).T
         best = name == "optimal"
         # the exponential's sign differs between procedures: one entry in the legend for both
-        kind = "exact optimum (upper limit)" if best else f"{name.partition(':')[0]} transformation"
+        transformation = name.partition(":")[0].replace("_", " ")
+        kind = "exact optimum (upper limit)" if best else f"{transformation} transformation"
         colour = "black" if best else ("0.35", "0.6")[number % 2]
-        axis.plot(kls, 100 * win_rates, DASHES[number % len(DASHES)], color=colour, label=kind)
+        dash = DASHES[number % len(DASHES)]
+        axis.plot(kls, 100 * win_rates, linestyle=dash, color=colour, label=kind)
 
 
 def _point(axis: Axes, record: Row, procedure: str, number: int) -> None:

@@ -184,6 +184,6 @@ def test_the_frontier_is_printed_and_drawn(tmp_path):
     printed = command("frontier", "best_of_8", *words)
     assert "0.9760" in printed
     assert (tmp_path / "f_sensitivity.png").exists()
-    assert "0.0466" in printed
+    assert "0.046572" in printed
     assert (tmp_path / "f.png").stat().st_size > 10_000
     shutil.rmtree(tmp_path)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ctrl_dpo import Exponential, policy_of
+from ctrl_dpo.measures import plots
 from ctrl_dpo.measures.label_plots import label_figure
 from ctrl_dpo.measures.planning import frontier_page, frontier_rows, sensitivity_page
 from ctrl_dpo.measures.plots import words
@@ -121,6 +123,39 @@ def test_a_kl_out_of_reach_is_a_dash(tmp_path):
     assert float(cells["optimal"][1]) > float(cells["identity"][1])
     assert cells["optimal"][2].strip() == "5.0000"
     assert (tmp_path / "f.png").stat().st_size > 10_000
+
+
+def test_the_picture_draws_every_transformation_of_the_table(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "frontier_figure", recorder(plots.frontier_figure, drawn))
+    page = frontier_page("worst_of_64", 1.0, tmp_path / "f.png", against="single_draw")
+    lines = [line.split("|")[1:3] for line in page.splitlines()[2:7]]
+    betas = {name.strip(): float(beta) for name, beta in lines}
+    (rows, title), figure = drawn
+    assert {row["transformation"] for row in rows} == set(betas)
+    assert title.endswith("against one draw of the reference policy")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][-1] == "normal quantile transformation"
+    # a beta far below 1 is printed to five digits, so that it can be used
+    exponential = Exponential(-10.0)
+    reached = policy_of(exponential, betas[str(exponential)], "worst_of_64", "single_draw").kl
+    assert reached == pytest.approx(1.0, rel=1e-3)
+
+
+def recorder(draw, drawn):
+    def drawing(rows, records, title):
+        figure = draw(rows, records, title)
+        drawn.extend([(rows, title), figure])
+        return figure
+
+    return drawing
+
+
+def test_what_planning_refuses(tmp_path):
+    with pytest.raises(ValueError, match="^kl must be finite and > 0; got -1"):
+        frontier_page("best_of_8", -1.0, tmp_path / "f.png")
+    with pytest.raises(ValueError, match="^rate must be finite and > 0; got -5"):
+        frontier_page("best_of_8", 1.0, tmp_path / "f.png", rate=-5.0)
 
 
 def test_serving_as_trained_loses_nothing(tmp_path):
