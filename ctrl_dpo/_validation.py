@@ -47,7 +47,7 @@ def check_finite(name: str, values: ArrayLike, ndim: int | None = None) -> NDArr
         where = f" at index {first[0] if len(first) == 1 else first}" if first else ""
         raise ValueError(
             f"{name} must be finite; got {int(bad.sum())} non-finite of {array.size}, "
-            f"first {array[first]!r}{where}. Drop or re-score those rows."
+            f"first {float(array[first])!r}{where}. Drop or re-score those rows."
         )
     return array
 

@@ -196,7 +196,7 @@ def _check_probabilities(q: ArrayLike) -> FloatArray:
     array = check_finite("q", q)
     if ((array < 0) | (array > 1)).any():
         worst = array[(array < 0) | (array > 1)].flat[0]
-        raise ValueError(f"q must lie in [0, 1]; got {worst!r}.")
+        raise ValueError(f"q must lie in [0, 1]; got {float(worst)!r}.")
     return array
 
 

@@ -91,7 +91,8 @@ def policy_of(
     if isinstance(given, UserFunction) and unresolved > _UNRESOLVED:
         raise ValueError(
             f"beta must leave the policy of a function of u off the last float below u = 1; got "
-            f"beta = {beta!r}, with a share of {unresolved:.3g} there. Use a larger beta."
+            f"beta = {beta!r}, with a share of {unresolved:.3g} there. Use a larger beta, thus a "
+            "smaller KL."
         )
     return policy
 
@@ -124,7 +125,8 @@ def match_kl(
     ------
     ValueError
         If no beta gives that KL: a transformation that is flat at the top reaches a largest KL,
-        and an optimum that is not unique may jump over some.
+        an optimum that is not unique may jump over some, and the policy of a callable may lie
+        closer to u = 1 than floats can tell.
 
     Examples
     --------
@@ -143,11 +145,17 @@ def match_kl(
             f"{against}. Choose a smaller KL."
         )
     if not is_exact(reached, kl):
-        sides = sorted(budget.kl_at(beta * side) for side in (1 - _SIDE, 1 + _SIDE))
-        raise ValueError(
-            f"kl must be one that the {budget.name} policy reaches; got {kl!r}, where the KL goes "
-            f"from {sides[0]:.6g} to {sides[1]:.6g} at beta = {beta:.6g}. Choose another KL."
+        low, high = sorted(budget.kl_at(beta * side) for side in (1 - _SIDE, 1 + _SIDE))
+        found = (
+            f"where the KL goes from {low:.6g} to {high:.6g} at beta = {beta:.6g}"
+            if low < kl < high
+            else f"beyond the {high:.6g} nats at beta = {beta:.3g}, the last one tried"
         )
+        raise ValueError(
+            f"kl must be one that the {budget.name} policy reaches; got {kl!r}, {found}. "
+            "Choose another KL."
+        )
+    budget.policy_at(beta)  # refuses where floats cannot tell the policy from its last one
     return beta
 
 
@@ -240,5 +248,5 @@ def _budget(transformation: Any, procedure: Procedure, against: Procedure) -> Bu
         return kl_of(given.score(panels.points) / beta - log_normaliser, panels)
 
     # KL is about Var(Phi) / (2 beta^2) while small
-    guess = standard_deviation(given)
+    guess = standard_deviation(given) or 1.0
     return Budget(str(given), lambda beta: policy_of(given, beta, procedure, against), kl_at, guess)

@@ -20,6 +20,7 @@ FloatArray = NDArray[np.float64]
 
 _REACH = 40.0  # logits beyond which the reference policy has mass 4e-18
 _ABOVE_ZERO, _BELOW_ONE = 1e-300, 1.0 - 2.0**-53  # where a user's function is evaluated
+_ROUNDING = 1e-15  # relative fall that a user's function may show by rounding alone
 _NEGLIGIBLE = 45.0  # nats below the peak at which a density no longer counts
 _FARTHEST = 1e13  # logits; a density that still has mass there has no usable normaliser
 
@@ -179,14 +180,16 @@ class UserFunction(Transformation):
 
     def __post_init__(self) -> None:
         """Evaluate the function on a grid: NaN is an error, a decrease is a warning."""
-        u = np.linspace(0.0, 1.0, 1025)[1:-1]
+        # a policy may have its mass in the last millionth; less far out steps drown in rounding
+        ends = special.expit(np.linspace(-14.0, 14.0, 281))
+        u = np.unique(np.concatenate((np.linspace(0.0, 1.0, 1025)[1:-1], ends)))
         values = self(u)
-        steps = np.diff(values)
-        if (steps < 0).any():
-            worst = int(np.argmax(steps < 0))
+        falls = np.diff(values) < -_ROUNDING * np.abs(values[1:])
+        if falls.any():
+            worst = int(np.argmax(falls))
             warnings.warn(
                 f"transformation must be increasing; got {values[worst]:.6g} then "
-                f"{values[worst + 1]:.6g} at u = {u[worst + 1]:.6g}. Relabelling with it reverses "
+                f"{values[worst + 1]:.6g} at u = {u[worst + 1]:.8g}. Relabelling with it reverses "
                 "preferences.",
                 UserWarning,
                 stacklevel=2,
@@ -196,7 +199,10 @@ class UserFunction(Transformation):
         """Return the function's values, or raise if one is NaN or the shape is wrong."""
         u = check_unit("u", u)
         with np.errstate(divide="ignore"):
-            values = np.asarray(self.function(u), dtype=np.float64)
+            values = np.asarray(self.function(u))
+        if values.dtype.kind not in "biuf":
+            raise TypeError(f"transformation must return real numbers; got dtype {values.dtype}.")
+        values = values.astype(np.float64, copy=False)
         if values.shape != u.shape:
             raise ValueError(
                 f"transformation must return one value per u; got shape {values.shape} "
@@ -269,7 +275,7 @@ def standard_deviation(transformation: Transformation) -> float:
     panels = Panels(np.linspace(-_REACH, _REACH, 81))
     weight = panels.points.jacobian
     score = transformation.score(panels.points)
-    largest = float(np.abs(score).max())
+    largest = float(np.abs(score).max()) or 1.0
     score = score / largest
     mean = panels.integral(score * weight)
     return largest * float(np.sqrt(panels.integral((score - mean) ** 2 * weight)))

@@ -89,6 +89,46 @@ def test_wrong_types_are_named():
         transformed_rewards(Log(), [0.5], [1], 3, True)
 
 
+@pytest.mark.parametrize("value", [1j, "a"])
+def test_a_function_returns_real_numbers(value):
+    with pytest.raises(TypeError, match="transformation must return real numbers; got dtype [c<]"):
+        as_transformation(lambda u: np.full(u.shape, value))
+
+
+def test_a_number_that_is_not_finite_is_shown_plainly():
+    with pytest.raises(ValueError, match="first nan at index 1"):
+        optimal_discrete_policy([0.5, 0.5], [0, float("nan")], "best_of_2", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("function", "kl", "message"),
+    [
+        (lambda u: 0 * u + 3, 0.5, "policy reaches; got 0.5, beyond the 0 nats at beta"),
+        (lambda u: np.minimum(u, 0.5), 2.0, "got 2.0, beyond the 0.693147 nats at beta"),
+        (lambda u: np.log(u / (1 - u)), 0.5, "beta must leave the policy .* with a share of"),
+    ],
+)
+def test_the_kls_that_a_function_cannot_reach(function, kl, message):
+    with pytest.raises(ValueError, match=message):
+        match_kl(function, "best_of_4", kl)
+
+
+def test_an_optimum_that_jumps_tells_from_where_to_where():
+    message = "got 1.0, where the KL goes from 0.0306.* to 1.531.* at beta = 0.3356"
+    with pytest.raises(ValueError, match=message):
+        match_kl("optimal", "worst_of_4", 1.0, against="best_of_4")
+
+
+def test_a_fall_in_the_last_thousandth_is_noticed():
+    def dips(u):
+        return u - 2 * np.exp(-(((u - 0.99995) / 1e-5) ** 2))
+
+    with pytest.warns(UserWarning, match="must be increasing; got .* at u = 0.9999"):
+        as_transformation(dips)
+    # saturated, with nothing but rounding in its steps
+    as_transformation(lambda u: 1 - 0.1 * np.exp(-300 * u))
+
+
 def test_a_decreasing_function_is_used_with_a_warning():
     with pytest.warns(UserWarning, match="must be increasing; got .* reverses preferences"):
         made = as_transformation(lambda u: -u)
