@@ -252,7 +252,7 @@ def parse_procedure(procedure: str | Procedure) -> Procedure:
 def _parse_mixture(text: str) -> Mixture:
     """Parse ``weight*procedure`` terms joined by plus signs."""
     weights, parts = [], []
-    for term in re.split(r"\+(?=[\d.])", text):
+    for term in re.split(r"\+\s*(?=[\d.])", text):
         found = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*(\w+)\s*", term)
         if found is None:
             raise ValueError(f"procedure must be weight*name terms joined by +; got {text!r}.")

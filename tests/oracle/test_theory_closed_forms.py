@@ -181,7 +181,7 @@ def test_the_budget_is_met(transformation, procedure, kl):
         if transformation == "optimal"
         else policy_of(transformation, beta, procedure)
     )
-    assert policy.kl == pytest.approx(kl, rel=1e-7)
+    assert policy.kl == pytest.approx(kl, rel=1e-9)
 
 
 def test_a_kl_out_of_reach_is_named():

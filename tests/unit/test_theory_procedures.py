@@ -49,6 +49,13 @@ def test_order_statistics_meet_their_relatives():
         assert parse_procedure(f"{k}{suffix}_best_of_20") == OrderStatistic(k, 20)
 
 
+@pytest.mark.parametrize(
+    "text", ["0.25*best_of_2+0.75*worst_of_2", " 0.25 * best_of_2 + .75*worst_of_2"]
+)
+def test_mixtures_are_read_with_and_without_spaces(text):
+    assert parse_procedure(text) == Mixture([BestOfN(2), WorstOfN(2)], [0.25, 0.75])
+
+
 @pytest.mark.parametrize("procedure", [*ALL[:4], WorstOfN(4)], ids=str)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_selection_is_sorting(procedure, seed):
