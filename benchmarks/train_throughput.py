@@ -59,10 +59,10 @@ def main() -> None:
     workload = {"kind": "hh", "rows": args.steps * args.per_step, "per_step": args.per_step}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
     ceilings = []
-    for _ in range(args.repeats):
+    for repeat in range(args.repeats):
         for side in args.sides:
             ceilings.append(matmul_ceiling(SHAPES, torch.bfloat16))
-            found = run(args.model, side, args.threads, **workload)
+            found = run(args.model, side, args.threads, **workload, flops=repeat == 0)
             print(json.dumps(found), flush=True)
             if "failed" not in found:
                 runs[side].append(found)

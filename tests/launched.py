@@ -72,6 +72,17 @@ def unequal_last_batch(folder: Path, processes: int) -> None:
     trainer.train()
 
 
+def resumed(folder: Path, processes: int) -> None:
+    """Train six updates in one go, and again from the third, in batches of similar length."""
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    settings |= {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2}
+    settings |= {"per_device_train_batch_size": 4 // processes}
+    for name, start in (("whole", None), ("again", folder / "whole" / "checkpoint-3")):
+        trainer = make_trainer(folder / name, 13, **settings)
+        trainer.train(resume_from_checkpoint=start and str(start))
+        trainer.save_model()
+
+
 def one_process_fails(folder: Path, processes: int) -> None:
     """Give the last process a wrong reference; keep the error of every process."""
     trainer = make_trainer(folder, 8, max_steps=2, per_device_train_batch_size=2)
@@ -130,7 +141,14 @@ def let_fsdp_run_on_a_cpu() -> None:
 
 SCENARIOS = {
     scenario.__name__: scenario
-    for scenario in (equal_batches, unequal_last_batch, one_process_fails, command_line, sharded)
+    for scenario in (
+        equal_batches,
+        unequal_last_batch,
+        resumed,
+        one_process_fails,
+        command_line,
+        sharded,
+    )
 }
 
 

@@ -59,7 +59,7 @@ def one(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
-    names = "equal_batches", "unequal_last_batch", "command_line", "one_process_fails"
+    names = "equal_batches", "unequal_last_batch", "resumed", "command_line", "one_process_fails"
     return launch(tmp_path_factory.mktemp("two"), *names)
 
 
@@ -104,6 +104,15 @@ def test_each_process_computes_its_share_of_the_reference(one, two):
 def test_an_unequal_last_batch_hangs_no_process(two):
     # 13 groups in batches of 4 are 4 updates an epoch
     assert [row["step"] for row in rows(two / "unequal_last_batch")] == [*range(1, 9), 8]
+
+
+def test_two_processes_resume_to_the_same_bits(two):
+    whole, again = two / "resumed" / "whole", two / "resumed" / "again"
+    assert worst_difference(whole, again) == 0.0
+    logs = [rows(folder)[:-1] for folder in (whole, again)]
+    assert [row["step"] for row in logs[0]] == [*range(1, 7)]
+    told = [[[row[name] for name in ("step", *COMPARED)] for row in log] for log in logs]
+    assert told[0] == told[1]
 
 
 def test_what_one_process_finds_stops_all(two):
