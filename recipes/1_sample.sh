@@ -6,6 +6,6 @@ here=$(dirname "$0")
 
 ctrl-dpo demo --output "$RUNS/model"
 ctrl-dpo sample "$RUNS/model" "$here/data/train_prompts.jsonl" --output "$RUNS/train/draws" \
-    --load-in-8bit --draws 32 --max-new-tokens 32 --seed 1
+    --load-in-8bit --draws 16 --max-new-tokens 32 --seed 1
 ctrl-dpo sample "$RUNS/model" "$here/data/held_out_prompts.jsonl" --output "$RUNS/held_out/reference/draws" \
     --load-in-8bit --draws 16 --max-new-tokens 32 --seed 2

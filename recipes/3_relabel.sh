@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Stage 3: rewards become training targets for best-of-4, ranked among 32 draws; the best and the worst response of
+# Stage 3: rewards become training targets for best-of-4, ranked among 16 draws; the best and the worst response of
 # each prompt are trained on. The budget is that of the training responses: on other prompts, with no more than these
-# 96 to learn from, about a quarter of it is spent, 1 nat. And plain pairs of the same responses for the DPO baseline.
+# 96 to learn from, about a third of it is spent, 1 nat. And plain pairs of the same responses for the DPO baseline.
 set -euo pipefail
 RUNS=${RUNS:-runs/quickstart}
 
-ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/groups" --procedure best_of_4 --target-kl 4 --extremes 1
-ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/pairs" --procedure best_of_4 --target-kl 4 \
+ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/groups" --procedure best_of_4 --target-kl 3 --extremes 1
+ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/pairs" --procedure best_of_4 --target-kl 3 \
     --pairs best_worst
