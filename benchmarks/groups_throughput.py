@@ -42,13 +42,16 @@ def main() -> None:
         flops: dict[str, float] = {}
         for _ in range(args.repeats):
             for side in seconds:
-                found: dict[str, Any] = run(args.model, side, args.threads, **workload)
+                found: dict[str, Any] = run(
+                    args.model, side, args.threads, **workload, flops=side not in flops
+                )
                 print(json.dumps(found), flush=True)
                 # the first step warms up; a step of TRL's holds 8 pairs
                 steps = found["steps_cpu_s"][1:]
                 units = pairs / min(pairs, 8) if side == args.trl else 1
                 seconds[side].append(statistics.mean(steps) * units)
-                flops[side] = found["flops"] * units
+                if "flops" in found:
+                    flops[side] = found["flops"] * units
         ratios = [t / o for t, o in zip(seconds[args.trl], seconds["ours"], strict=True)]
         row = {
             "k": size,
