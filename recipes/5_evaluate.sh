@@ -3,13 +3,19 @@
 set -euo pipefail
 RUNS=${RUNS:-runs/quickstart}
 here=$(dirname "$0")
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
-for policy in ctrl dpo; do
-    ctrl-dpo sample "$RUNS/$policy/adapter" "$here/data/held_out_prompts.jsonl" \
-        --output "$RUNS/held_out/$policy/draws" --load-in-8bit --log-ratios \
+measure() {
+    ctrl-dpo sample "$RUNS/$1/adapter" "$here/data/held_out_prompts.jsonl" \
+        --output "$RUNS/held_out/$1/draws" --load-in-8bit --log-ratios \
         --draws 16 --max-new-tokens 32 --seed 3
-    PYTHONPATH=$here ctrl-dpo score "$RUNS/held_out/$policy/draws" --reward sentiment_reward:compound \
-        --output "$RUNS/held_out/$policy/scored"
-    ctrl-dpo evaluate --policy "$RUNS/held_out/$policy/scored" --reference "$RUNS/held_out/reference/scored" \
-        --name "$policy" --output "$RUNS/$policy/evaluation"
-done
+    PYTHONPATH=$here ctrl-dpo score "$RUNS/held_out/$1/draws" --reward sentiment_reward:compound \
+        --output "$RUNS/held_out/$1/scored"
+    ctrl-dpo evaluate --policy "$RUNS/held_out/$1/scored" --reference "$RUNS/held_out/reference/scored" \
+        --name "$1" --output "$RUNS/$1/evaluation"
+}
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
+measure ctrl &
+measure dpo
+wait $!
