@@ -125,6 +125,7 @@ class CTRLDPOTrainer(ResumableTrainer):
             warn_of_overlap(rows, eval_rows)
         self._add_reference_logps([row for p in (rows, *evaluated.values()) for row in p], args)
         self._is_fresh = True
+        self._pools: LengthPools | None = None
         start = self.reference.start
         facts = {"model": start, "reference_model": identity, "beta": self.beta, **origin(data)}
         super().__init__(
@@ -222,7 +223,14 @@ class CTRLDPOTrainer(ResumableTrainer):
         lengths = [sum(row_lengths(row, self.args.share_prompt)) for row in rows]
         size = self.args.train_batch_size * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthPools(lengths, size, seed)
+        self._pools = LengthPools(lengths, size, seed)
+        return self._pools
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """Train for an epoch in its order: accelerate tells a sampler in several processes none."""
+        if self._pools is not None:
+            self._pools.set_epoch(arguments["epoch"])
+        super()._run_epoch(**arguments)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimate the operations of a micro-batch as transformers does, over its passes."""

@@ -73,14 +73,15 @@ def unequal_last_batch(folder: Path, processes: int) -> None:
 
 
 def resumed(folder: Path, processes: int) -> None:
-    """Train six updates in one go, and again from the third, in batches of similar length."""
+    """Train six updates in one go, and again from the third, in either order of the rows."""
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
-    settings |= {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2}
-    settings |= {"per_device_train_batch_size": 4 // processes}
-    for name, start in (("whole", None), ("again", folder / "whole" / "checkpoint-3")):
-        trainer = make_trainer(folder / name, 13, **settings)
-        trainer.train(resume_from_checkpoint=start and str(start))
-        trainer.save_model()
+    settings |= {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // processes}
+    for order in ("random", "group_by_length"):
+        whole, again = folder / order / "whole", folder / order / "again"
+        for place, start in ((whole, None), (again, str(whole / "checkpoint-3"))):
+            trainer = make_trainer(place, 13, train_sampling_strategy=order, **settings)
+            trainer.train(resume_from_checkpoint=start)
+            trainer.save_model()
 
 
 def one_process_fails(folder: Path, processes: int) -> None:

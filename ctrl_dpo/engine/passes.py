@@ -62,8 +62,8 @@ def split(lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
 
     Examples
     --------
-    >>> split([[10], [200], [190], [11]], max_tokens=400)
-    [[1, 2], [0], [3]]
+    >>> split([[10], [200], [190], [30]], max_tokens=400)
+    [[1, 2], [3], [0]]
     """
     order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
     passes: list[list[int]] = []

@@ -106,8 +106,9 @@ def test_an_unequal_last_batch_hangs_no_process(two):
     assert [row["step"] for row in rows(two / "unequal_last_batch")] == [*range(1, 9), 8]
 
 
-def test_two_processes_resume_to_the_same_bits(two):
-    whole, again = two / "resumed" / "whole", two / "resumed" / "again"
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_two_processes_resume_to_the_same_bits(order, two):
+    whole, again = two / "resumed" / order / "whole", two / "resumed" / order / "again"
     assert worst_difference(whole, again) == 0.0
     logs = [rows(folder)[:-1] for folder in (whole, again)]
     assert [row["step"] for row in logs[0]] == [*range(1, 7)]
