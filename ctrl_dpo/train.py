@@ -136,16 +136,20 @@ class CTRLDPOTrainer(ResumableTrainer):
             train_dataset=rows,
             eval_dataset=evaluated if isinstance(eval_dataset, dict) else evaluated.get(""),
             processing_class=tokenizer,
-            data_collator=self._collator(args, args.max_tokens_per_pass),
             callbacks=[FootprintCallback(), MemoryCallback(), *(callbacks or [])],
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            # every pass gathers the weights of all processes, which must make equally many
-            self.data_collator = self._collator(args, None)
+        if self._needs_one_pass():
+            args.max_tokens_per_pass = None
+        self.data_collator = partial(
+            collate_passes, share_prompt=args.share_prompt, max_tokens=args.max_tokens_per_pass
+        )
 
-    @staticmethod
-    def _collator(args: CTRLDPOConfig, max_tokens: int | None) -> Any:
-        return partial(collate_passes, share_prompt=args.share_prompt, max_tokens=max_tokens)
+    def _needs_one_pass(self) -> bool:
+        """Tell whether a backward pass does more than to add to the gradients."""
+        # sharded: it gathers the weights of all processes, which must make equally many
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        sharded = sharded or self.is_distributed_loading_by_transformers
+        return sharded or any(name in str(self.args.optim) for name in ("layerwise", "lomo"))
 
     def _tokenised(
         self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig
@@ -227,14 +231,10 @@ class CTRLDPOTrainer(ResumableTrainer):
         return self._pools
 
     def _run_epoch(self, **arguments: Any) -> None:
-        """Train for an epoch in its order: accelerate tells a sampler in several processes none."""
+        """Train for an epoch in its order, of which accelerate tells a resumed loader nothing."""
         if self._pools is not None:
             self._pools.set_epoch(arguments["epoch"])
         super()._run_epoch(**arguments)
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Estimate the operations of a micro-batch as transformers does, over its passes."""
-        return sum(super(CTRLDPOTrainer, self).floating_point_ops(p) for p in inputs["passes"])
 
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
@@ -246,12 +246,11 @@ class CTRLDPOTrainer(ResumableTrainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         *first, last = inputs["passes"]
-        share = torch.zeros((), device=self.args.device)
+        loss = torch.zeros((), device=self.args.device)
         for part in first:
             with self.accelerator.no_sync(model):  # processes meet once, after the last
-                share += super().training_step(model, part, num_items_in_batch)
-        loss: torch.Tensor = share + super().training_step(model, last, num_items_in_batch)
-        return loss
+                loss += super().training_step(model, part, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
 
     @torch.no_grad()
     def _check_step_zero(self, model: Any, inputs: Any) -> None:

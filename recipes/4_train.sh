@@ -5,10 +5,12 @@ set -euo pipefail
 RUNS=${RUNS:-runs/quickstart}
 here=$(dirname "$0")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+set -m  # a group of processes of its own for the one in the background
 
 ctrl-dpo train "$RUNS/model" "$RUNS/train/groups" --config "$here/configs/quickstart_ctrl.yaml" \
     --output_dir "$RUNS/ctrl/adapter" &
+job=$!
+trap 'kill -- -$job 2>/dev/null || true' EXIT
 ctrl-dpo train "$RUNS/model" "$RUNS/train/pairs" --config "$here/configs/quickstart_dpo.yaml" \
     --output_dir "$RUNS/dpo/adapter"
-wait $!
+wait $job

@@ -3,7 +3,7 @@
 set -euo pipefail
 RUNS=${RUNS:-runs/quickstart}
 here=$(dirname "$0")
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+set -m  # a group of processes of its own for the one in the background
 
 measure() {
     ctrl-dpo sample "$RUNS/$1/adapter" "$here/data/held_out_prompts.jsonl" \
@@ -17,5 +17,7 @@ measure() {
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + 1) / 2))}
 measure ctrl &
+job=$!
+trap 'kill -- -$job 2>/dev/null || true' EXIT
 measure dpo
-wait $!
+wait $job

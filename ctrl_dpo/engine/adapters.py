@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def speed_up_adapters(model: torch.nn.Module) -> int:
 
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and _is_plain(m)]
     for layer in layers:
-        layer.forward = MethodType(_forward, layer)
+        layer.forward = partial(_forward, layer)
     return len(layers)
 
 

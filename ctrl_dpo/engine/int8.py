@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +29,9 @@ def fix_8bit_forward(model: torch.nn.Module) -> None:
     .. math:: y = s \odot (W x) + b
 
     with the integers W, which bfloat16 holds exactly, and the scale s of each output, is computed
-    in both. bitsandbytes scales the weights instead, in every pass, forward and backward: with 124
-    tokens a product then takes 1.7 times that of a float layer, and 1.2 times so (width 576, two
-    cores). On XPU the flag is forced on before each forward pass.
+    in both. bitsandbytes scales the weights instead, in every pass, forward and backward, which
+    takes longer (benchmarks/LOG.md); float16, which such sums overflow, is computed so here too. On
+    XPU the flag is forced on before each forward pass.
 
     Parameters
     ----------
@@ -41,8 +41,10 @@ def fix_8bit_forward(model: torch.nn.Module) -> None:
     # one warning per layer and forward pass about the cast of the activations
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in linear_8bit_modules(model):
+        if module.state.has_fp16_weights:
+            continue  # its weights are floats: it is quantised anew in every pass
         if module.weight.device.type == "cpu":
-            module.forward = MethodType(_forward, module)
+            module.forward = partial(_forward, module)
         elif _set_training not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_set_training)
 
@@ -77,8 +79,9 @@ class _ScaledProduct(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(integers, scale)
-        # outside of a product in place, autocast would cast to and fro
         with torch.autocast(x.device.type, enabled=False):
+            if x.dtype is torch.float16:
+                return torch.nn.functional.linear(x, _float16(integers, scale))
             return torch.nn.functional.linear(x, integers.to(x.dtype)).mul_(scale)
 
     @staticmethod
@@ -86,7 +89,14 @@ class _ScaledProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         integers, scale = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
+            if grad.dtype is torch.float16:
+                return grad @ _float16(integers, scale), None, None
             return grad.mul(scale).to(grad.dtype) @ integers.to(grad.dtype), None, None
+
+
+def _float16(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Scale the weights: sums of integers reach beyond 65504."""
+    return integers.to(torch.float16).mul_(scale.unsqueeze(1))
 
 
 class ScaledLinear(torch.nn.Module):
@@ -95,7 +105,7 @@ class ScaledLinear(torch.nn.Module):
     Parameters
     ----------
     layer : bitsandbytes.nn.Linear8bitLt
-        Layer whose outputs it has, bit by bit.
+        Layer whose outputs it has, bit by bit for inputs of one shape.
     dtype : torch.dtype
         Type that holds the integers, that of the activations.
     """

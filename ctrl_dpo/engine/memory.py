@@ -60,8 +60,10 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
     state = _STATE_8 if "8bit" in args.optim else _STATE_32
     share = args.share_prompt
     lengths = sorted((_length(row, share) for row in rows), reverse=True)
-    largest = sum(lengths[: args.per_device_train_batch_size])
-    tokens = max(lengths[0], min(largest, args.max_tokens_per_pass))
+    size, limit = args.per_device_train_batch_size, args.max_tokens_per_pass
+    tokens = lengths[0] * size
+    if limit is not None:
+        tokens = max(lengths[0], min(tokens, limit))
     one_row = lengths[0] if base.device.type == "cpu" else tokens
     probe = min(rows, key=lambda row: abs(_length(row, share) - _PROBE))
     per_token = activation_bytes(model, probe, share) / _length(probe, share)
@@ -165,8 +167,12 @@ def _remedy(bound: Mapping[str, int], args: Any) -> str:
     """Name the setting that lowers the largest part."""
     if bound["gradients"] + bound["optimiser"] > bound["activations"]:
         return "a smaller lora_r, or optim=adamw_8bit"
-    if args.max_tokens_per_pass > 1 and args.per_device_train_batch_size > 1:
-        return "a smaller max_tokens_per_pass"
-    if not args.activation_checkpointing:
-        return "activation_checkpointing=True"
+    several = args.per_device_train_batch_size > 1
+    remedies = [] if args.activation_checkpointing else ["activation_checkpointing=True"]
+    if args.max_tokens_per_pass is None and several:
+        remedies.append("a smaller per_device_train_batch_size")
+    elif args.max_tokens_per_pass != 1 and several:
+        remedies.append("a smaller max_tokens_per_pass, down to a group in each")
+    if remedies:
+        return ", ".join(remedies)
     return "a smaller max_prompt_length or max_response_length"

@@ -169,8 +169,8 @@ def prepare_for_generation(model: Any) -> Any:
     """Turn a loaded policy into its fastest equal for drawing: no int8 layer, one float type.
 
     Decoding does one small product per layer and token, so turning every int8 weight to a float
-    each time would cost more than the product. That is done once, and the drawn policy is the
-    trained one to the last bit. The model cannot be trained afterwards.
+    each time would cost more than the product. That is done once; for inputs of one shape the drawn
+    policy is the trained one to the last bit. The model cannot be trained afterwards.
 
     Parameters
     ----------

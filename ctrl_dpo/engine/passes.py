@@ -34,14 +34,19 @@ def collate_passes(
     Returns
     -------
     dict
-        ``weights`` of the loss's groups, ``(n_groups,)``, in the order of the passes; ``passes``,
-        a list of batches.
+        ``weights`` of the loss's groups, ``(n_groups,)``, in the order of the passes;
+        ``input_ids``, all tokens without padding, which transformers counts; ``passes``, a list of
+        batches.
     """
     parts = [list(range(len(groups)))]
     if max_tokens is not None:
         parts = split([row_lengths(group, share_prompt) for group in groups], max_tokens)
     passes = [collate([groups[i] for i in part], share_prompt) for part in parts]
-    return {"weights": torch.cat([each["weights"] for each in passes]), "passes": passes}
+    return {
+        "weights": torch.cat([each["weights"] for each in passes]),
+        "input_ids": torch.cat([each["input_ids"][each["segments"] >= 0] for each in passes]),
+        "passes": passes,
+    }
 
 
 def split(lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -68,10 +73,12 @@ def split(lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
     passes: list[list[int]] = []
     for i in order:
-        grown = [*passes[-1], i] if passes else []
-        rows = [n for j in grown for n in lengths[j]]
-        computed = len(rows) * max(rows, default=0)
-        if grown and computed <= max_tokens and sum(rows) >= (1 - _PADDING) * computed:
+        grown = [*passes[-1], i] if passes else [i]
+        sizes = [(len(lengths[j]), max(lengths[j])) for j in grown]
+        apart = sum(rows * longest for rows, longest in sizes)
+        together = sum(rows for rows, _ in sizes) * sizes[0][1]
+        fits = together <= max_tokens and apart >= (1 - _PADDING) * together
+        if passes and fits:
             passes[-1] = grown
         else:
             passes.append([i])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -27,7 +30,13 @@ def dequantised(made: bnb.nn.Linear8bitLt) -> torch.Tensor:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "rounding"), [(torch.float64, 1e-6), (torch.float32, 2e-6), (torch.bfloat16, 2**-7)]
+    ("dtype", "rounding"),
+    [
+        (torch.float64, 1e-6),
+        (torch.float32, 2e-6),
+        (torch.bfloat16, 2**-7),
+        (torch.float16, 2**-9),
+    ],
 )
 def test_values_and_gradients_are_those_of_the_dequantised_weights(bias, dtype, rounding):
     made = layer(bias)
@@ -69,6 +78,26 @@ def test_autocast_computes_in_its_type():
     assert torch.equal(y, made(x.bfloat16()))
     y.sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+def test_float16_does_not_overflow_where_bitsandbytes_does_not():
+    made = layer(False)
+    x = (400 * torch.randn(7, 48)).half().requires_grad_()
+    y = made(x)
+    wanted = x.detach().double() @ dequantised(made).t()
+    assert (y - wanted).abs().max() < 2**-8 * wanted.abs().max()
+    y.backward(torch.full_like(y, 1e-3))
+    wanted_grad = torch.full_like(wanted, 1e-3) @ dequantised(made)
+    assert (x.grad - wanted_grad).abs().max() < 2**-8 * wanted_grad.abs().max()
+
+
+def test_a_layer_can_be_copied_and_pickled():
+    made = layer(True)
+    x = torch.randn(7, 48)
+    expected = made(x)
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert other.forward.args == (other,)
+        assert torch.equal(other(x), expected)
 
 
 def test_no_activation_is_kept_for_the_backward_pass():

@@ -98,7 +98,14 @@ def test_what_lowers_it():
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({}, "a smaller max_tokens_per_pass"),
+        (
+            {},
+            "activation_checkpointing=True, a smaller max_tokens_per_pass, down to a group in each",
+        ),
+        (
+            {"max_tokens_per_pass": None, "activation_checkpointing": True},
+            "a smaller per_device_train_batch_size",
+        ),
         ({"max_tokens_per_pass": 1}, "activation_checkpointing=True"),
         (
             {"max_tokens_per_pass": 1, "activation_checkpointing": True},
