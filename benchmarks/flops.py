@@ -51,7 +51,11 @@ def ideal_flops(model: Any, batch: Mapping[str, torch.Tensor]) -> int:
         elif name.endswith(("lora_A.default", "lora_B.default")):
             adapters += module.weight.numel()
     real = batch["segments"] >= 0
-    seen = visible(batch["segments"])[:, 0] & real.unsqueeze(1) & real.unsqueeze(2)
+    seen = (
+        visible(batch["segments"], batch["position_ids"])[:, 0]
+        & real.unsqueeze(1)
+        & real.unsqueeze(2)
+    )
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )

@@ -37,7 +37,9 @@ def sample(
     seed: Seed = 0,
     batch_rows: Annotated[int, typer.Option(help="Responses decoded together.")] = 256,
     shard_prompts: Annotated[int, typer.Option(help="Prompts per shard on disk.")] = 64,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float16.")] = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float32 or float16; default: the fast one.")
+    ] = None,
     load_in_8bit: Annotated[bool, typer.Option(help="The int8 model, as in training.")] = False,
     log_ratios: Annotated[
         bool, typer.Option(help="Add log-probabilities under policy and reference, for the KL.")

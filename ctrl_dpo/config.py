@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ctrl_dpo._validation import check_choice, check_integer, check_positive
 from ctrl_dpo.calibrate import METHODS
-from ctrl_dpo.engine.models import DTYPES
+from ctrl_dpo.engine.models import DTYPES, fast_dtype
 from ctrl_dpo.theory.procedures import parse_procedure
 
 LOSSES = ("squared", "soft_label", "softmax", "dpo", "ipo")
@@ -82,7 +82,17 @@ class CTRLDPOConfig(TrainingArguments):
         None,
     )
     load_in_8bit: bool = _doc("Hold the base model's linear layers in int8 (bitsandbytes).", False)
-    model_dtype: str = _doc("Type of weights and activations of a model given by name.", "bfloat16")
+    model_dtype: str | None = _doc(
+        "Type of weights and activations of a model given by name: bfloat16, float32 or float16. "
+        "By default bfloat16, or float32 where the device only emulates bfloat16.",
+        None,
+    )
+    attn_implementation: str | None = _doc(
+        "Attention of a model given by name, as in transformers: sdpa by default, with one mask of "
+        "the whole row; flex_attention, on an accelerator, never computes the blocks of tokens "
+        "that do not see each other.",
+        None,
+    )
     reference_cache: str | None = _doc(
         "Folder of reference log-probabilities; default: one for all runs, in "
         "CTRL_DPO_CACHE or the cache folder of Hugging Face.",
@@ -102,7 +112,8 @@ class CTRLDPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the settings, and their conflicts, before anything is loaded."""
         check_choice("loss", self.loss, LOSSES)
-        check_choice("model_dtype", self.model_dtype, DTYPES)
+        if self.model_dtype is not None:
+            check_choice("model_dtype", self.model_dtype, DTYPES)
         check_choice("calibration", self.calibration, METHODS)
         for name in ("beta", "target_kl"):
             if getattr(self, name) is not None:
@@ -120,6 +131,7 @@ class CTRLDPOConfig(TrainingArguments):
             self.use_cpu = True
             self.dataloader_pin_memory = False
         super().__post_init__()
+        self.model_dtype = self.model_dtype or fast_dtype(self.device)
         if self.max_tokens_per_pass is None:
             self.max_tokens_per_pass = 1 if self.device.type == "cpu" else 16384
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from ctrl_dpo.data.folders import read_rows, write_atomically
 from ctrl_dpo.data.layouts import read_groups
 from ctrl_dpo.data.messages import prompt_key
-from ctrl_dpo.engine.models import load_tokenizer
+from ctrl_dpo.engine.models import fast_dtype, load_tokenizer
 
 MEASURED = "reward_model.json"
 # no system message and no control tokens: half the tokens of a short dialogue
@@ -155,7 +155,8 @@ def main() -> None:
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             weight_decay=0.01,
-            bf16=True,  # activations only: weights, updates and the head's sum stay float32
+            # of activations only: weights, updates and the head's sum stay float32
+            bf16=fast_dtype() == "bfloat16",
             train_sampling_strategy="random",
             logging_nan_inf_filter=False,
             logging_steps=5,

@@ -67,9 +67,14 @@ def check_model(model: Any, reference: ReferencePolicy) -> None:
     ------
     ValueError
         If no weight is trainable, the base model of an adapter is, the head has an adapter, the
-        adapter is a prompt or one of several, or a model trained as a whole has no reference
-        policy.
+        adapter is a prompt or one of several, a model trained as a whole has no reference policy,
+        or attention is FlexAttention on a CPU.
     """
+    if model.config._attn_implementation == "flex_attention" and model.device.type == "cpu":
+        raise ValueError(
+            "attn_implementation must not be flex_attention on a CPU, where PyTorch has no "
+            "backward pass for it; use sdpa."
+        )
     if reference.model is model and reference.kind not in (ADAPTER_OFF, FROZEN_ADAPTER):
         raise ValueError("ref_model must be a model of its own; got the one that is trained.")
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]

@@ -1,4 +1,4 @@
-"""Language models for the stages: bf16 or int8 base, adapters, and a fast form for drawing."""
+"""Language models for the stages: float or int8 base, adapters, and a fast form for drawing."""
 
 from __future__ import annotations
 
@@ -35,12 +35,43 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def fast_dtype(device: str | torch.device | None = None) -> str:
+    """Return the type in which a device multiplies matrices fastest with bfloat16's range.
+
+    Parameters
+    ----------
+    device : str or torch.device, optional
+        The accelerator where there is one, else the CPU.
+
+    Returns
+    -------
+    {"bfloat16", "float32"}
+        bfloat16, or float32 where bfloat16 products are emulated: on CUDA devices before compute
+        capability 8.0, and on processors without AVX-512 or its like on ARM, where they took 7
+        times as long (``benchmarks/LOG.md``). float16 is never chosen: gradients leave its range.
+
+    Examples
+    --------
+    >>> fast_dtype("cpu") in ("bfloat16", "float32")
+    True
+    """
+    place = torch.device(device) if device is not None else default_device()
+    if place.type == "cpu":
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    elif place.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = True
+    return "bfloat16" if native else "float32"
+
+
 def load_model(
     name: str | Path,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     load_in_8bit: bool = False,
     device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
 ) -> Any:
     """Load a causal language model for training or scoring, its weights frozen when in 8 bits.
 
@@ -48,13 +79,16 @@ def load_model(
     ----------
     name : str or Path
         Folder with safetensors, or a hub name.
-    dtype : {"bfloat16", "float32", "float16"}
-        Type of the weights and activations; of the activations only for 8-bit linear layers.
+    dtype : {"bfloat16", "float32", "float16"}, optional
+        Type of the weights and activations; of the activations only for 8-bit linear layers. By
+        default what the device computes fastest, see :func:`fast_dtype`.
     load_in_8bit : bool
         Hold every linear layer but the head as int8 with one float scale per output row
         (``bitsandbytes``). Weights are then 1 byte each and cannot be trained: add an adapter.
     device : str or torch.device, optional
         Where the model goes; the accelerator where there is one, else the CPU.
+    attn_implementation : str, optional
+        How attention is computed, as in transformers, whose default is ``sdpa``.
 
     Returns
     -------
@@ -68,7 +102,8 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
 
-    torch_dtype = DTYPES[check_choice("dtype", dtype, DTYPES)]
+    place = torch.device(device) if device is not None else default_device()
+    torch_dtype = DTYPES[check_choice("dtype", dtype or fast_dtype(place), DTYPES)]
     folder = Path(name)
     is_gguf = folder.suffix == ".gguf" or (
         folder.is_dir() and not (folder / "config.json").exists() and list(folder.glob("*.gguf"))
@@ -78,8 +113,7 @@ def load_model(
             f"model must be a folder with config.json and safetensors; got {str(name)!r}, which "
             "holds a GGUF file. Convert it once: from_pretrained(gguf_file=), then save_pretrained."
         )
-    place = torch.device(device) if device is not None else default_device()
-    options: dict[str, Any] = {"dtype": torch_dtype}
+    options: dict[str, Any] = {"dtype": torch_dtype, "attn_implementation": attn_implementation}
     if load_in_8bit:
         from transformers import BitsAndBytesConfig
 
@@ -118,9 +152,10 @@ def switch_dropout_off(model: Any) -> None:
 def load_policy(
     name: str | Path,
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     load_in_8bit: bool = False,
     device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
     base: str | Path | None = None,
     trainable: bool = False,
 ) -> Any:
@@ -130,7 +165,7 @@ def load_policy(
     ----------
     name : str or Path
         Model folder, adapter folder or hub name.
-    dtype, load_in_8bit, device
+    dtype, load_in_8bit, device, attn_implementation
         As in :func:`load_model`.
     base : str or Path, optional
         Base model of an adapter, when it has moved since the adapter was saved.
@@ -142,12 +177,14 @@ def load_policy(
     transformers.PreTrainedModel or peft.PeftModel
         The model in evaluation mode.
     """
+    loading: dict[str, Any] = {"dtype": dtype, "load_in_8bit": load_in_8bit, "device": device}
+    loading["attn_implementation"] = attn_implementation
     if not is_adapter(name):
-        return load_model(name, dtype=dtype, load_in_8bit=load_in_8bit, device=device)
+        return load_model(name, **loading)
     from peft import PeftConfig, PeftModel
 
     source = base or PeftConfig.from_pretrained(str(name)).base_model_name_or_path
-    model = load_model(source, dtype=dtype, load_in_8bit=load_in_8bit, device=device)
+    model = load_model(source, **loading)
     policy = PeftModel.from_pretrained(model, str(name), is_trainable=trainable).eval()
     speed_up_adapters(policy)  # the products of training: the policy drawn is the one trained
     return policy

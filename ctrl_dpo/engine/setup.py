@@ -48,7 +48,8 @@ def set_up_policies(
         What log-ratios are taken against.
     """
     name = model if isinstance(model, (str, Path)) else None
-    loading: dict[str, Any] = {"dtype": args.model_dtype, "load_in_8bit": args.load_in_8bit}
+    names = {"dtype": args.model_dtype, "load_in_8bit": args.load_in_8bit}
+    loading: dict[str, Any] = names | {"attn_implementation": args.attn_implementation}
     if name is not None:
         model = load_policy(name, **loading, trainable=True)
     if isinstance(ref_model, (str, Path)):

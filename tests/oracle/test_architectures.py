@@ -8,6 +8,7 @@ import transformers
 
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.logprobs import response_logps
+from ctrl_dpo.engine.masks import attention_mask
 from ctrl_dpo.engine.sharing import can_share_prompt
 
 SIZES = {
@@ -101,6 +102,42 @@ def test_values_in_float32_and_gradients(name, share_prompt):
     for parameter, gradient in wanted.items():
         scale = gradient.abs().max() + 1e-4 * largest
         assert (found[parameter] - gradient).abs().max() < 1e-5 * scale, parameter
+
+
+FLEX = [name for name in ARCHITECTURES if name != "GPT2"]  # transformers refuses it there
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", FLEX)
+def test_values_by_blocks_of_flex_attention(name):
+    model = make(name, torch.float32, attn_implementation="flex_attention")
+    batch = collate(GROUPS)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        wanted = plain(make(name, torch.float32)).float()
+        assert response_logps(model, batch) == pytest.approx(wanted, abs=1e-4)
+        assert can_share_prompt(model, GROUPS)
+
+
+def test_blocks_of_flex_attention_that_nothing_sees_into_are_left_out():
+    prompt, responses = list(range(1, 129)), [list(range(1, 130)), list(range(1, 130))]
+    batch = collate([{"prompt_ids": prompt, "response_ids": responses}])
+    model = make("Llama", torch.float32, attn_implementation="flex_attention")
+    mask = attention_mask(model, batch["segments"], batch["position_ids"])
+    # of blocks of 128 tokens: the prompt sees itself, each response the prompt and itself
+    assert mask.to_dense()[0, 0].tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FLEX)
+def test_gradients_by_blocks_of_flex_attention(name):
+    model = make(name, torch.float32, attn_implementation="flex_attention").cuda()
+    other = make(name, torch.float32).cuda()
+    batch = {key: value.cuda() for key, value in collate(GROUPS).items()}
+    found, wanted = (gradients(each, response_logps(each, batch).cpu()) for each in (model, other))
+    assert found.keys() == wanted.keys()
+    largest = max(g.abs().max() for g in wanted.values())
+    for parameter, gradient in wanted.items():
+        assert (found[parameter] - gradient).abs().max() < 1e-3 * largest, parameter
 
 
 @pytest.mark.parametrize("name", ["Llama-tied", "Gemma2", "Phi", "Cohere", "Granite"])

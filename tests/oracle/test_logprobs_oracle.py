@@ -71,7 +71,7 @@ def test_the_layout_of_a_row_by_hand():
     assert batch["predictors"].tolist() == [1, 2, 3, 1, 4]
     assert batch["token_ids"].tolist() == [7, 8, 2, 9, 2]
     assert batch["owners"].tolist() == [0, 0, 0, 1, 1]
-    seen = visible(batch["segments"])[0, 0].int().tolist()
+    seen = visible(batch["segments"], batch["position_ids"])[0, 0].int().tolist()
     assert seen == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

@@ -8,11 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
+from ctrl_dpo import CTRLDPOConfig
 from ctrl_dpo.engine.demo_model import find_demo_gguf, write_demo_model
 from ctrl_dpo.engine.identity import model_identity, tensors_hash
 from ctrl_dpo.engine.int8 import linear_8bit_modules
 from ctrl_dpo.engine.models import (
     adapter_off,
+    fast_dtype,
     is_adapter,
     load_model,
     load_policy,
@@ -113,6 +115,28 @@ def test_a_gguf_folder_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"holds a GGUF file\. Convert it once"):
         load_model(tmp_path, load_in_8bit=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "wanted"),
+    [("cpu", True, "bfloat16"), ("cpu", False, "float32"), ("cuda", False, "float32")],
+)
+def test_the_default_type_is_one_that_the_device_does_not_emulate(
+    tiny_model_folder, monkeypatch, tmp_path, device, native, wanted
+):
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
+    assert fast_dtype(device) == wanted
+    if device == "cpu":
+        assert load_model(tiny_model_folder, device=device).dtype == getattr(torch, wanted)
+        assert CTRLDPOConfig(str(tmp_path), use_cpu=True).model_dtype == wanted
+        assert CTRLDPOConfig(str(tmp_path), model_dtype="float16").model_dtype == "float16"
+
+
+def test_attention_of_a_model_given_by_name(tiny_model_folder):
+    assert load_model(tiny_model_folder).config._attn_implementation == "sdpa"
+    model = load_policy(tiny_model_folder, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_an_unknown_dtype_is_refused(tiny_model_folder):
