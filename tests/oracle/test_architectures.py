@@ -108,6 +108,7 @@ FLEX = [name for name in ARCHITECTURES if name != "GPT2"]  # transformers refuse
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask")  # transformers' own mask
 @pytest.mark.parametrize("name", FLEX)
 def test_values_by_blocks_of_flex_attention(name):
     model = make(name, torch.float32, attn_implementation="flex_attention")
