@@ -75,10 +75,10 @@ class CTRLDPOConfig(TrainingArguments):
     )
     share_prompt: bool = _doc("Compute a prompt once for all its responses.", True)
     max_tokens_per_pass: int | None = _doc(
-        "Tokens of one forward and backward pass, a bound of memory: micro-batches are computed in "
-        "passes of groups of similar length. By default one group at a time on a processor, where "
-        "more are not faster, else 16384. Not used where weights are sharded over processes, "
-        "nor by the reference pass, which computes per_device_train_batch_size groups at a time.",
+        "Tokens of one forward and backward pass, a bound of memory: micro-batches, and the rows "
+        "of the reference pass, are computed in passes of groups of similar length. By default one "
+        "group at a time on a processor, where more are not faster, else 16384. Where weights are "
+        "sharded over processes, a micro-batch is one pass.",
         None,
     )
     load_in_8bit: bool = _doc("Hold the base model's linear layers in int8 (bitsandbytes).", False)

@@ -161,10 +161,10 @@ class CTRLDPOTrainer(ResumableTrainer):
         if not missing:
             return
         folder = Path(args.reference_cache) if args.reference_cache else None
-        size = args.per_device_train_batch_size
+        limit = int(args.max_tokens_per_pass or 1)
         with self.reference.computing() as model, mixed_precision(args):
             computed = add_reference_logps(
-                model, missing, self.reference.identity, folder, size, args.share_prompt
+                model, missing, self.reference.identity, folder, limit, args.share_prompt
             )
         logger.info(
             "reference log-probabilities: %d computed, %d found, %d of the dataset",

@@ -16,10 +16,11 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from ctrl_dpo.data.hashes import user_cache
-from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.batches import collate, row_lengths
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import adapter_off
 from ctrl_dpo.engine.numerics import numerics
+from ctrl_dpo.engine.passes import split
 from ctrl_dpo.engine.reference_store import ReferenceStore
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def reference_logps(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tens
 
 
 def compute_rows(
-    model: Any, rows: Sequence[Mapping[str, Any]], batch_size: int, share: bool
+    model: Any, rows: Sequence[Mapping[str, Any]], max_tokens: int, share: bool
 ) -> Iterator[tuple[int, list[float]]]:
     """Compute rows under the reference policy, longest first, and yield each with its place.
 
@@ -58,8 +59,8 @@ def compute_rows(
         :meth:`ctrl_dpo.engine.policies.ReferencePolicy.computing`.
     rows : sequence of mapping
         ``prompt_ids`` and ``response_ids``.
-    batch_size : int
-        Rows per forward pass.
+    max_tokens : int
+        Tokens of a forward pass, see :func:`ctrl_dpo.engine.passes.split`.
     share : bool
         One row of the batch per group, else per response.
 
@@ -70,10 +71,7 @@ def compute_rows(
     logps : list of float
         Nats per response.
     """
-    # longest first: what does not fit in memory fails at once
-    order = sorted(range(len(rows)), key=lambda i: -sum(map(len, rows[i]["response_ids"])))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    for chosen in split([row_lengths(row, share) for row in rows], max_tokens):
         batch = collate([_tokens(rows[i]) for i in chosen], share)
         with torch.no_grad():
             values = response_logps(model, {k: v.to(model.device) for k, v in batch.items()})
@@ -86,7 +84,7 @@ def add_reference_logps(
     rows: Sequence[dict[str, Any]],
     key: str,
     folder: Path | None,
-    batch_size: int,
+    max_tokens: int,
     share: bool,
 ) -> int:
     """Fill in ``reference_logps`` of every row, from the cache or by computing them.
@@ -105,8 +103,8 @@ def add_reference_logps(
     folder : Path or None
         Where the numbers are kept; by default ``reference`` in the folder that all runs of a user
         share (:func:`ctrl_dpo.data.hashes.user_cache`).
-    batch_size : int
-        Groups per forward pass.
+    max_tokens : int
+        Tokens of a forward pass, as of a pass of training.
     share : bool
         Row layout, as in training: in bfloat16 another layout gives another value.
 
@@ -150,7 +148,7 @@ def add_reference_logps(
         quiet = None if processes.is_main_process else True
         with store, tqdm(total=len(mine), desc="reference", unit="row", disable=quiet) as bar:
             share_of_rows = [missing[name] for name in mine]
-            for place, logps in compute_rows(model, share_of_rows, batch_size, share):
+            for place, logps in compute_rows(model, share_of_rows, max_tokens, share):
                 store.add({mine[place]: logps})
                 computed_here[mine[place]] = logps
                 bar.update()

@@ -24,7 +24,7 @@ from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import load_model
 from ctrl_dpo.engine.numerics import numerics
 from ctrl_dpo.engine.policies import ADAPTER_OFF, ReferencePolicy
-from ctrl_dpo.engine.reference import add_reference_logps
+from ctrl_dpo.engine.reference import add_reference_logps, compute_rows
 from ctrl_dpo.engine.reference_store import ReferenceStore
 
 ROWS = [
@@ -54,6 +54,29 @@ def test_values_are_computed_once_and_found_again_bit_by_bit(tmp_path, share):
         with torch.no_grad():
             live = response_logps(tiny_llama(), collate([row | {"reference_logps": None}], share))
         assert torch.equal(torch.tensor(row["reference_logps"]), live)
+
+
+@pytest.mark.parametrize(
+    ("share", "shapes"),
+    [
+        (True, [(1, 7), (2, 5), (1, 5), (2, 2)]),
+        # a group stays whole, whatever the limit
+        (False, [(3, 6), (2, 4), (2, 4), (2, 4), (2, 2)]),
+    ],
+)
+def test_passes_hold_so_many_tokens_in_rows_of_one_length(monkeypatch, share, shapes):
+    rows = [dict(ROWS[i]) for i in (0, 1, 2, 0, 1, 0)]
+    seen = []
+
+    def spied(model, batch):
+        seen.append(tuple(batch["input_ids"].shape))
+        return response_logps(model, batch)
+
+    monkeypatch.setattr(reference_module, "response_logps", spied)
+    found = dict(compute_rows(tiny_llama(), rows, 10, share))
+    assert seen == shapes
+    assert found == dict(compute_rows(tiny_llama(), rows, 1, share))
+    assert sorted(found) == list(range(6))
 
 
 def test_only_what_decides_the_numbers_is_in_the_key(tmp_path):
