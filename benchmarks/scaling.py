@@ -3,9 +3,9 @@
     python benchmarks/scaling.py [--layers 4] [--repeats 5] [--threads 1]
 
 A random Llama with SmolLM2's shape but fewer layers and a small vocabulary, LoRA on all linear
-layers, bfloat16, one group a step. One quantity varies at a time; exponents are slopes of a
-straight line through the logarithms. Seconds are of the processor; memory is what the backward
-pass keeps. Shared and unshared rows take turns.
+layers, in the type that is fast here, one group a step. One quantity varies at a time; exponents
+are slopes of a straight line through the logarithms. Seconds are of the processor; memory is what
+the backward pass keeps. Shared and unshared rows take turns.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ctrl_dpo.engine.adapters import speed_up_adapters
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.memory import activation_bytes
+from ctrl_dpo.engine.models import DTYPES, fast_dtype
 
 START = {"prompt": 128, "response": 48, "responses": 2, "width": 576}
 VARIED = {
@@ -48,7 +49,7 @@ def make_model(width: int, layers: int) -> Any:
         max_position_embeddings=8192,
     )
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM(config).to(torch.bfloat16), lora)
+    model = get_peft_model(LlamaForCausalLM(config).to(DTYPES[fast_dtype("cpu")]), lora)
     speed_up_adapters(model)
     return model.train()
 
@@ -106,6 +107,7 @@ def main() -> None:
         for point in found:
             print(json.dumps(point), flush=True)
             settings = {"layers": args.layers, "repeats": args.repeats, "threads": args.threads}
+            settings["dtype"] = fast_dtype("cpu")
             rows.append(
                 {
                     "varied": quantity,

@@ -20,6 +20,8 @@ from contestants import SIDES, run
 from flops import matmul_ceiling
 from recording import append_rows
 
+from ctrl_dpo.engine.models import DTYPES, fast_dtype
+
 # products of a decoder layer of SmolLM2-135M at the median length of a row
 SHAPES = [(240, k, n) for k, n in ((576, 576), (576, 192), (576, 1536), (1536, 576))]
 
@@ -61,7 +63,7 @@ def main() -> None:
     ceilings = []
     for repeat in range(args.repeats):
         for side in args.sides:
-            ceilings.append(matmul_ceiling(SHAPES, torch.bfloat16))
+            ceilings.append(matmul_ceiling(SHAPES, DTYPES[fast_dtype("cpu")]))
             found = run(args.model, side, args.threads, **workload, flops=repeat == 0)
             print(json.dumps(found), flush=True)
             if "failed" not in found:
@@ -85,6 +87,7 @@ def main() -> None:
                 **workload,
                 "repeats": args.repeats,
                 "threads": args.threads,
+                "dtype of ours": fast_dtype("cpu"),
             }
         )
         print(row)
