@@ -75,16 +75,18 @@ class Bench:
             )
         return found
 
-    def prompts(self, split: str) -> Dataset:
-        """Return the prompts of a split."""
-        return prompts(self.experiment, self.tokenizer, self.folder)[split]
+    def prompts(self, split: str, measured: bool = False) -> Dataset:
+        """Return the prompts of a split; of training prompts as many are measured as of others."""
+        found = prompts(self.experiment, self.tokenizer, self.folder)[split]
+        count = self.experiment.n_held_out
+        return found.select(range(count)) if measured and count < len(found) else found
 
     def reference_draws(self, split: str, experiment: Experiment, measured: bool) -> Dataset:
         """Return draws of the reference policy, to train on or to measure against."""
         count = experiment.held_out_draws if measured else experiment.draws
         seed = _MEASURE_SEED if measured else _TRAIN_SEED
         return sample(
-            self.prompts(split),
+            self.prompts(split, measured),
             load_model(self.model),
             Sampler(count, experiment.max_new_tokens, seed=seed),
             tokenizer=self.tokenizer,
@@ -151,7 +153,7 @@ class Bench:
         """Measure the policy of a cell by fresh draws, under both reward models."""
         reference = self.reference_draws(experiment.where, experiment, measured=True)
         drawn = sample(
-            self.prompts(experiment.where),
+            self.prompts(experiment.where, measured=True),
             load_policy(folder / "adapter", load_in_8bit=experiment.load_in_8bit),
             Sampler(
                 experiment.held_out_draws,

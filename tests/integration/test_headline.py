@@ -60,6 +60,7 @@ def experiment(parts):
         kls=(1e-4,),
         training={"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 3},
         strengths={"optimal": (1.0,), "bonbon": (2.0,)},
+        ablations=(),
     )
 
 
@@ -103,6 +104,19 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
     assert float(rows[0]["kl"]) == round(first[1]["training"]["kl"]["value"], 4)
     assert len((tmp_path / "headline_equal_kl.csv").read_text().splitlines()) == 9
     assert (tmp_path / "headline_harmless_tiny.png").stat().st_size > 10_000
+
+
+def test_training_prompts_can_be_measured_as_many_as_held_out_ones(bench, experiment):
+    change = {"ablation": "train_prompts", "method": "bonbon", "strength": 2.0, "where": "train"}
+    cell = next(
+        dataclasses.replace(experiment, strengths={"bonbon": ()}, ablations=(change,)).cells()
+    )
+    record = bench.run(cell)
+    train = bench.prompts("train")
+    assert (len(train), record["training"]["n_prompts"]) == (6, 4)
+    drawn = json.loads((bench.folder / "reference_train_8_seed2" / "stage.json").read_text())
+    assert drawn["complete"]
+    assert record["settings"]["where"] == "train"
 
 
 def test_a_finished_cell_is_not_mistaken_for_one_of_other_settings(bench, experiment):
