@@ -50,10 +50,8 @@ def _trainer(model: str, side: str, data: Any, workload: dict[str, Any], callbac
     from peft import LoraConfig
 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    per_step = workload["per_step"]
     common = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": per_step,
         "num_train_epochs": 1,
         "learning_rate": 1e-4,
         "beta": 0.1,
@@ -64,23 +62,34 @@ def _trainer(model: str, side: str, data: Any, workload: dict[str, Any], callbac
         "use_cpu": True,
         "seed": 0,
     }
-    if side.startswith("ours"):
-        from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer
+    build = _our_trainer if side.startswith("ours") else _trl_trainer
+    return build(model, side, data, workload, common, peft_config=lora, callbacks=[callback])
 
-        options = {"loss": "dpo", "load_in_8bit": side == "ours_8bit"}
-        if "share_prompt" in workload:
-            options["share_prompt"] = workload["share_prompt"]
-        if "rewards" in data.column_names:
-            options["procedure"] = "single_draw"
-            options["transformation"] = "identity"
-        args = CTRLDPOConfig(**common, **options)
-        return CTRLDPOTrainer(model, args, data, peft_config=lora, callbacks=[callback])
+
+def _our_trainer(
+    model: str, side: str, data: Any, workload: dict[str, Any], common: dict[str, Any], **parts: Any
+) -> Any:
+    from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer
+
+    options = {"loss": "dpo", "load_in_8bit": side == "ours_8bit"}
+    if "share_prompt" in workload:
+        options["share_prompt"] = workload["share_prompt"]
+    if "rewards" in data.column_names:
+        options["procedure"] = "single_draw"
+        options["transformation"] = "identity"
+    args = CTRLDPOConfig(**common, per_device_train_batch_size=workload["per_step"], **options)
+    return CTRLDPOTrainer(model, args, data, **parts)
+
+
+def _trl_trainer(
+    model: str, side: str, data: Any, workload: dict[str, Any], common: dict[str, Any], **parts: Any
+) -> Any:
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    common["per_device_train_batch_size"] = per_step * workload.get("pairs_per_group", 1)
     args = DPOConfig(
         **common,
+        per_device_train_batch_size=workload["per_step"] * workload.get("pairs_per_group", 1),
         precompute_ref_log_probs=True,
         precompute_ref_batch_size=8,
         activation_checkpointing=side.endswith("ckpt"),
@@ -90,14 +99,7 @@ def _trainer(model: str, side: str, data: Any, workload: dict[str, Any], callbac
         dataloader_pin_memory=False,
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return DPOTrainer(
-        model,
-        args=args,
-        train_dataset=data,
-        processing_class=tokenizer,
-        peft_config=lora,
-        callbacks=[callback],
-    )
+    return DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, **parts)
 
 
 def _measure(model: str, side: str, workload: dict[str, Any]) -> dict[str, Any]:

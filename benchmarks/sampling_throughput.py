@@ -83,28 +83,11 @@ def with_length(ids: list[list[int]], length: int) -> list[list[int]]:
     return [(row * (1 + length // len(row)))[:length] for row in joined]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--draws", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--prompt-tokens", type=int)
-    parser.add_argument("--cpu-time", action="store_true")
-    args = parser.parse_args()
+def measure_in_turn(
+    stock: Any, fast: Any, ids: list[list[int]], end: list[int], args: argparse.Namespace
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Draw with both in every round; return tokens per second, and bounds of our ratio."""
     clock = time.process_time if args.cpu_time else time.perf_counter
-    if args.cpu_time:
-        torch.set_num_threads(1)
-    tokenizer = load_tokenizer(args.model)
-    rows = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[: args.prompts]]
-    ids = [tokenizer.apply_chat_template(r, add_generation_prompt=True)["input_ids"] for r in rows]
-    if args.prompt_tokens:
-        ids = with_length(ids, args.prompt_tokens)
-    stock = load_model(args.model)
-    fast = prepare_for_generation(load_model(args.model))
-    use_decode_attention(fast)
-    end = end_tokens(stock, tokenizer)
     contestants = {"generate": (plain_generate, stock), "ctrl_dpo": (ours, fast)}
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     bounds = []
@@ -119,6 +102,31 @@ def main() -> None:
                 print(f"{name:10s} {rate:8.0f} tokens/s", flush=True)
         if repeat:  # n is the number of our draws
             bounds.append(n * peak / counted_operations(stock, ids, n) / rates["generate"][-1])
+    return rates, bounds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--draws", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int)
+    parser.add_argument("--cpu-time", action="store_true")
+    args = parser.parse_args()
+    if args.cpu_time:
+        torch.set_num_threads(1)
+    tokenizer = load_tokenizer(args.model)
+    rows = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[: args.prompts]]
+    ids = [tokenizer.apply_chat_template(r, add_generation_prompt=True)["input_ids"] for r in rows]
+    if args.prompt_tokens:
+        ids = with_length(ids, args.prompt_tokens)
+    stock = load_model(args.model)
+    fast = prepare_for_generation(load_model(args.model))
+    use_decode_attention(fast)
+    end = end_tokens(stock, tokenizer)
+    rates, bounds = measure_in_turn(stock, fast, ids, end, args)
     ratios = [a / b for a, b in zip(rates["ctrl_dpo"], rates["generate"], strict=True)]
     names = ("draws", "prompts", "tokens", "repeats", "prompt_tokens", "cpu_time")
     settings = {k: getattr(args, k) for k in names}

@@ -33,6 +33,8 @@ __all__ = [
     "paired_difference",
 ]
 
+Draws = dict[str, list[Any]]  # of one prompt, by column
+
 PROCEDURES = ("single_draw", "best_of_4", "worst_of_4")
 
 
@@ -142,32 +144,14 @@ def evaluate(
     >>> [rates["value"] for rates in record["win_rates"].values()]
     [0.75, 1.0]
     """
-    mine, theirs = gather_draws(policy, columns), gather_draws(reference, columns)
-    if mine.keys() != theirs.keys():
-        raise ValueError(
-            "policy and reference must hold the same prompts; got "
-            f"{len(mine.keys() - theirs.keys())} in policy only and "
-            f"{len(theirs.keys() - mine.keys())} in reference only."
-        )
-    prompts = list(mine)
-    absent = sorted((columns or {}).keys() - {PROMPT, RESPONSE_IDS} - mine[prompts[0]].keys())
-    if absent:
-        raise ValueError(
-            f"columns must map to columns of the policy's rows; got {dict(columns or {})!r}, and "
-            f"no {absent[0]!r} there. Correct the name."
-        )
-    ours = [mine[prompt] for prompt in prompts]
-    base = [theirs[prompt] for prompt in prompts]
+    prompts, ours, base = _match_prompts(policy, reference, columns or {})
     options: dict[str, Any] = {"confidence": confidence, "seed": seed}
     rewards = [row[REWARDS] for row in ours], [row[REWARDS] for row in base]
     win_rates = {
         str(procedure): inference_win_rate(*rewards, procedure, against=against, **options)
         for procedure in procedures
     }
-    kl = None
-    if ours[0].keys() >= {POLICY_LOGPS, REFERENCE_LOGPS}:
-        logps = [row[POLICY_LOGPS] for row in ours], [row[REFERENCE_LOGPS] for row in ours]
-        kl = kl_divergence(*logps, **options)
+    kl = _kl_of_draws(ours, options)
     attained = {
         procedure: None
         if kl is None
@@ -239,8 +223,39 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     }
 
 
+def _match_prompts(
+    policy: Iterable[Mapping[str, Any]],
+    reference: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str],
+) -> tuple[list[str], list[Draws], list[Draws]]:
+    """Return the prompts, and for each the draws of the policy and of the reference policy."""
+    mine, theirs = gather_draws(policy, columns), gather_draws(reference, columns)
+    if mine.keys() != theirs.keys():
+        raise ValueError(
+            "policy and reference must hold the same prompts; got "
+            f"{len(mine.keys() - theirs.keys())} in policy only and "
+            f"{len(theirs.keys() - mine.keys())} in reference only."
+        )
+    prompts = list(mine)
+    absent = sorted(columns.keys() - {PROMPT, RESPONSE_IDS} - mine[prompts[0]].keys())
+    if absent:
+        raise ValueError(
+            f"columns must map to columns of the policy's rows; got {dict(columns)!r}, and "
+            f"no {absent[0]!r} there. Correct the name."
+        )
+    return prompts, [mine[prompt] for prompt in prompts], [theirs[prompt] for prompt in prompts]
+
+
+def _kl_of_draws(draws: list[Draws], options: Mapping[str, Any]) -> Estimate | None:
+    """Estimate the KL from draws of the policy; None without their log-probabilities."""
+    if not draws[0].keys() >= {POLICY_LOGPS, REFERENCE_LOGPS}:
+        return None
+    policy = [row[POLICY_LOGPS] for row in draws]
+    return kl_divergence(policy, [row[REFERENCE_LOGPS] for row in draws], **options)
+
+
 def _mean_of_means(
-    rows: list[dict[str, list[Any]]], column: str, options: Mapping[str, Any]
+    rows: list[Draws], column: str, options: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Average a column over draws and then over prompts; None where it is absent."""
     if column not in rows[0]:

@@ -105,8 +105,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(name or model.name_or_path)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
-        parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-        parts = {name: part for name, part in parts.items() if part is not None}
+        parts = _by_name(eval_dataset)
         evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}
         from_dataset = all(row["reference_logps"] is not None for row in rows)
         model, self.reference = set_up_policies(
@@ -115,10 +114,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         identity = self.reference.identity
         logger.info("reference policy: %s (%s)", self.reference.kind, identity)
         check_provenance(data, identity, tokenizer)
-        judged = (self.reference.model or model).eval()
-        args.share_prompt = args.share_prompt and can_share_prompt(judged, rows)
-        with mixed_precision(args):
-            self.reference_computed = computation(judged, identity, tokenizer, args.share_prompt)
+        self.reference_computed = self._settle_computation(model, rows, tokenizer, args)
         for each in (data, *parts.values()):
             check_computation(each, self.reference_computed)
         for eval_rows in evaluated.values():
@@ -138,6 +134,19 @@ class CTRLDPOTrainer(ResumableTrainer):
             processing_class=tokenizer,
             callbacks=[FootprintCallback(), MemoryCallback(), *(callbacks or [])],
         )
+        self._set_up_passes(args)
+
+    def _settle_computation(
+        self, model: Any, rows: list[dict[str, Any]], tokenizer: Any, args: CTRLDPOConfig
+    ) -> str:
+        """Settle whether rows share their prompts; return how ``reference_logps`` are computed."""
+        judged = (self.reference.model or model).eval()
+        args.share_prompt = args.share_prompt and can_share_prompt(judged, rows)
+        with mixed_precision(args):
+            return computation(judged, self.reference.identity, tokenizer, args.share_prompt)
+
+    def _set_up_passes(self, args: CTRLDPOConfig) -> None:
+        """Lay a micro-batch out in passes of at most so many tokens, or in one that must be one."""
         if self._needs_one_pass():
             args.max_tokens_per_pass = None
         self.data_collator = partial(
@@ -283,3 +292,9 @@ class CTRLDPOTrainer(ResumableTrainer):
                 means = self._means[part].means(self.accelerator)
                 logs |= {f"{prefix}{name}": value for name, value in means.items()}
         super().log(logs, *args, **kwargs)
+
+
+def _by_name(eval_dataset: Any) -> dict[str, Any]:
+    """Return the evaluation datasets there are, a single one under the empty name."""
+    parts = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    return {name: part for name, part in parts.items() if part is not None}

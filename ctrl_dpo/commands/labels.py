@@ -11,16 +11,30 @@ from typing import Annotated, Any
 import typer
 
 from ctrl_dpo.commands.options import (
+    AttributeWeight,
+    Beta,
+    Calibration,
     Column,
     EmptyPrompts,
     EmptyResponses,
+    Estimator,
+    Extremes,
     Invalid,
     Layout,
+    MinEffectiveSampleSize,
+    NumProc,
     Output,
+    Pairs,
     Procedure,
+    RanksAsRewards,
     SamePrompt,
+    ScoreFirst,
+    TargetKL,
+    Ties,
+    Transformation,
     assigned,
     finished,
+    reading_options,
     tabulated,
 )
 
@@ -47,14 +61,7 @@ def score(
     from ctrl_dpo.data.layouts import read_groups
     from ctrl_dpo.score import load_reward
 
-    reading: dict[str, Any] = {
-        "layout": layout,
-        "columns": assigned("--column", column),
-        "invalid": invalid,
-        "same_prompt": same_prompt,
-        "empty_prompts": empty_prompts,
-        "empty_responses": empty_responses,
-    }
+    reading = reading_options(layout, column, invalid, same_prompt, empty_prompts, empty_responses)
     model = load_reward(reward)
     settings = {"reward": reward, "identity": model.identity} | reading
 
@@ -73,64 +80,32 @@ def relabel(
     ],
     output: Output,
     procedure: Procedure = "best_of_4",
-    transformation: Annotated[
-        str, typer.Option(help="optimal, identity, log, normal_quantile or exponential:RATE.")
-    ] = "optimal",
-    target_kl: Annotated[
-        float | None, typer.Option(help="KL budget in nats per response; sets beta.")
-    ] = None,
-    beta: Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")] = None,
-    estimator: Annotated[
-        str | None,
-        typer.Option(
-            help="rank_optimal (default of optimal), posterior (of others), plug_in or levels."
-        ),
-    ] = None,
-    pairs: Annotated[
-        str | None,
-        typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
-    ] = None,
-    ties: Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")] = "drop",
-    calibration: Annotated[
-        str, typer.Option(help="empirical, pooled (few draws) or weighted (another policy's).")
-    ] = "empirical",
-    min_effective_sample_size: Annotated[
-        float, typer.Option(help="weighted refuses prompts whose draws are worth fewer.")
-    ] = 2.0,
-    extremes: Annotated[
-        int | None, typer.Option(help="Keep only so many best and worst responses of each group.")
-    ] = None,
-    reward: Annotated[
-        str | None, typer.Option(help="Score unscored responses first, as `ctrl-dpo score` does.")
-    ] = None,
+    transformation: Transformation = "optimal",
+    target_kl: TargetKL = None,
+    beta: Beta = None,
+    estimator: Estimator = None,
+    pairs: Pairs = None,
+    ties: Ties = "drop",
+    calibration: Calibration = "empirical",
+    min_effective_sample_size: MinEffectiveSampleSize = 2.0,
+    extremes: Extremes = None,
+    reward: ScoreFirst = None,
     layout: Layout = "auto",
     column: Column = None,
-    attribute_weight: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=NUMBER: one reward out of HelpSteer2's attributes; repeatable."),
-    ] = None,
+    attribute_weight: AttributeWeight = None,
     invalid: Invalid = "error",
     same_prompt: SamePrompt = "merge",
     empty_prompts: EmptyPrompts = "error",
     empty_responses: EmptyResponses = "keep",
-    ranks_as_rewards: Annotated[
-        bool, typer.Option(help="Accept ranks, which tell the order only, as rewards.")
-    ] = False,
-    num_proc: Annotated[int | None, typer.Option(help="Processes.")] = None,
+    ranks_as_rewards: RanksAsRewards = False,
+    num_proc: NumProc = None,
 ) -> None:
     """Calibrate and transform rewards into training targets: groups, or pairs with margins."""
     from ctrl_dpo.calibrate import RewardCalibrator
-    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
-    from ctrl_dpo.data.layouts import read_groups
 
-    reading: dict[str, Any] = {
-        "layout": layout,
-        "columns": assigned("--column", column),
+    reading = reading_options(layout, column, invalid, same_prompt, empty_prompts, empty_responses)
+    reading |= {
         "attribute_weights": _numbers(assigned("--attribute-weight", attribute_weight)),
-        "invalid": invalid,
-        "same_prompt": same_prompt,
-        "empty_prompts": empty_prompts,
-        "empty_responses": empty_responses,
         "ranks_as_rewards": ranks_as_rewards,
     }
     labels: dict[str, Any] = {
@@ -142,8 +117,27 @@ def relabel(
         "extremes": extremes,
     }
     calibrator = RewardCalibrator(calibration, min_effective_sample_size)
+    pairing = {"pairs": pairs, "ties": ties}
+    _relabel_once(source, output, reading, labels, calibrator, pairing, reward, num_proc)
+    tabulated(output)
+
+
+def _relabel_once(
+    source: str,
+    output: Path,
+    reading: dict[str, Any],
+    labels: dict[str, Any],
+    calibrator: Any,
+    pairing: dict[str, Any],
+    reward: str | None,
+    num_proc: int | None,
+) -> None:
+    """Read, score where a reward is named, and label, unless the output holds just that."""
+    from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, run_once
+    from ctrl_dpo.data.layouts import read_groups
+
     model = _reward(reward)
-    settings = reading | labels | calibrator.get_params() | {"pairs": pairs, "ties": ties}
+    settings = reading | labels | calibrator.get_params() | pairing
     settings |= {"reward": None if model is None else model.identity}
 
     def make() -> tuple[Any, dict[str, Any]]:
@@ -151,11 +145,10 @@ def relabel(
         if model is not None:
             groups = _scored(groups, report, model, _beside(output))
         labels_of = labels | {"calibration": calibrator, "num_proc": num_proc}
-        return _labelled(groups, report.summary(), labels_of, pairs, ties)
+        return _labelled(groups, report.summary(), labels_of, pairing["pairs"], pairing["ties"])
 
     folder = StageFolder(output, "relabel", settings, {"source": content_hash(source)})
     run_once(folder, make)
-    tabulated(output)
 
 
 def _labelled(

@@ -1,10 +1,10 @@
-"""Options that several commands have, and what they print when they are done."""
+"""Options of the commands, and what they print when they are done."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,76 @@ SamePrompt = Annotated[
 ]
 EmptyPrompts = Annotated[str, typer.Option(help="Prompts without text: error or keep.")]
 EmptyResponses = Annotated[str, typer.Option(help="Responses without text: keep or drop.")]
+AttributeWeight = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=NUMBER: one reward out of HelpSteer2's attributes; repeatable."),
+]
+RanksAsRewards = Annotated[
+    bool, typer.Option(help="Accept ranks, which tell the order only, as rewards.")
+]
+
+# how rewards become labels
+ScoreFirst = Annotated[
+    str | None, typer.Option(help="Score unscored responses first, as `ctrl-dpo score` does.")
+]
+Calibration = Annotated[
+    str, typer.Option(help="empirical, pooled (few draws) or weighted (another policy's).")
+]
+MinEffectiveSampleSize = Annotated[
+    float, typer.Option(help="weighted refuses prompts whose draws are worth fewer.")
+]
+Transformation = Annotated[
+    str, typer.Option(help="optimal, identity, log, normal_quantile or exponential:RATE.")
+]
+TargetKL = Annotated[float | None, typer.Option(help="KL budget in nats per response; sets beta.")]
+Beta = Annotated[float | None, typer.Option(help="KL penalty, instead of a budget.")]
+Estimator = Annotated[
+    str | None,
+    typer.Option(
+        help="rank_optimal (default of optimal), posterior (of others), plug_in or levels."
+    ),
+]
+Extremes = Annotated[
+    int | None, typer.Option(help="Keep only so many best and worst responses of each group.")
+]
+Pairs = Annotated[
+    str | None,
+    typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),
+]
+Ties = Annotated[str, typer.Option(help="Pairs of margin 0: drop or keep.")]
+NumProc = Annotated[int | None, typer.Option(help="Processes.")]
+
+
+def reading_options(
+    layout: str,
+    column: Sequence[str] | None,
+    invalid: str,
+    same_prompt: str,
+    empty_prompts: str,
+    empty_responses: str,
+) -> dict[str, Any]:
+    """Return how a public layout is read, by the names that the library has for it.
+
+    Parameters
+    ----------
+    layout, invalid, same_prompt, empty_prompts, empty_responses : str
+        As they were given.
+    column : sequence of str, optional
+        Each OURS=THEIRS.
+
+    Returns
+    -------
+    dict
+        Arguments of :func:`ctrl_dpo.data.layouts.read_groups`.
+    """
+    return {
+        "layout": layout,
+        "columns": assigned("--column", column),
+        "invalid": invalid,
+        "same_prompt": same_prompt,
+        "empty_prompts": empty_prompts,
+        "empty_responses": empty_responses,
+    }
 
 
 def assigned(option: str, words: Sequence[str] | None) -> dict[str, str] | None:

@@ -136,23 +136,9 @@ def read_groups(  # noqa: PLR0913 (each is a decision of the user's)
     head = dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset.take(1)))
     if len(head) == 0:
         raise ValueError("dataset must have at least one row; got 0. Check the file and filters.")
-    found = detected_layout(head) if layout == "auto" else check_choice("layout", layout, LAYOUTS)
-    check_columns(head.column_names, LAYOUTS[found].required, f"Layout {found!r} needs it.")
-    if found in _RANKED and not ranks_as_rewards:
-        raise ValueError(
-            f"ranks_as_rewards must be True to use the ranks of layout {found!r}; got False. Ranks "
-            "tell the order of responses only: say that this is enough, or score them."
-        )
-    reader = LAYOUTS[found].read
-    report = LayoutReport(found)
-    if found == "helpsteer2":
-        report.weights = dict(attribute_weights or HELPSTEER_WEIGHTS)
-        check_columns(head.column_names, report.weights, "attribute_weights names it.")
-        reader = read_helpsteer(report.weights)
-    elif attribute_weights is not None:
-        raise ValueError(
-            f"attribute_weights must be of layout 'helpsteer2'; got {found!r}. Leave them out."
-        )
+    found = _settle_layout(head, layout, ranks_as_rewards)
+    report = LayoutReport(found, weights=_settle_weights(head, found, attribute_weights))
+    reader = read_helpsteer(report.weights) if report.weights else LAYOUTS[found].read
     passed = [n for n in head.column_names if found == _CANONICAL or n in PASSED]
     passed = [n for n in passed if n not in LAYOUTS[found].required]
     read = RowReader(reader, invalid, passed, empty_prompts, empty_responses)
@@ -164,6 +150,33 @@ def read_groups(  # noqa: PLR0913 (each is a decision of the user's)
     report.groups = len(groups)
     report.count_groups(groups)
     return groups, report
+
+
+def _settle_layout(head: Dataset, layout: str, ranks_as_rewards: bool) -> str:
+    """Detect the layout where none is named; raise unless the dataset can be read in it."""
+    found = detected_layout(head) if layout == "auto" else check_choice("layout", layout, LAYOUTS)
+    check_columns(head.column_names, LAYOUTS[found].required, f"Layout {found!r} needs it.")
+    if found in _RANKED and not ranks_as_rewards:
+        raise ValueError(
+            f"ranks_as_rewards must be True to use the ranks of layout {found!r}; got False. Ranks "
+            "tell the order of responses only: say that this is enough, or score them."
+        )
+    return found
+
+
+def _settle_weights(
+    head: Dataset, layout: str, weights: Mapping[str, float] | None
+) -> dict[str, float]:
+    """Return what one reward is made of; nothing where the layout has the reward itself."""
+    if layout == "helpsteer2":
+        settled = dict(weights or HELPSTEER_WEIGHTS)
+        check_columns(head.column_names, settled, "attribute_weights names it.")
+        return settled
+    if weights is not None:
+        raise ValueError(
+            f"attribute_weights must be of layout 'helpsteer2'; got {layout!r}. Leave them out."
+        )
+    return {}
 
 
 def _stream(

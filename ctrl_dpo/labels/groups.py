@@ -61,13 +61,7 @@ def relabel_batch(
     _check_lengths(rewards, lengths_of(table, columns.RESPONSES, indices), indices)
     inside = columns.REFERENCE_REWARDS not in table.column_names
     reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, indices)
-    if (reference.lengths == 0).any():
-        row = indices[int(np.argmin(reference.lengths))]
-        name = columns.REWARDS if inside else columns.REFERENCE_REWARDS
-        raise ValueError(
-            f"{name} must hold at least one reward; got none at row {row}. Draw from the reference "
-            "policy first, drop that row, or use calibration='pooled'."
-        )
+    _check_reference(reference, inside, indices)
     log_normaliser: float | FloatArray | None
     counts = count_below_and_tied(rewards.padded(), reference.padded())
     below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
@@ -109,6 +103,17 @@ def _check_lengths(rewards: Ragged, responses: IntArray, indices: list[int]) -> 
         raise ValueError(
             f"rewards must have one entry per response; got {rewards.lengths[i]} for "
             f"{responses[i]} responses at row {indices[i]}. Score that row again or drop it."
+        )
+
+
+def _check_reference(reference: Ragged, inside: bool, indices: list[int]) -> None:
+    """Raise unless every prompt has a reference reward to be calibrated by."""
+    if (reference.lengths == 0).any():
+        row = indices[int(np.argmin(reference.lengths))]
+        name = columns.REWARDS if inside else columns.REFERENCE_REWARDS
+        raise ValueError(
+            f"{name} must hold at least one reward; got none at row {row}. Draw from the reference "
+            "policy first, drop that row, or use calibration='pooled'."
         )
 
 
