@@ -72,6 +72,7 @@ def _our_trainer(
     from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer
 
     options = {"loss": "dpo", "load_in_8bit": side == "ours_8bit"}
+    options["model_dtype"] = workload.get("dtype", "bfloat16")
     if "share_prompt" in workload:
         options["share_prompt"] = workload["share_prompt"]
     if "rewards" in data.column_names:

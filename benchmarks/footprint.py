@@ -29,11 +29,15 @@ def update_once(model: torch.nn.Module) -> dict[str, float]:
     return optimizer_footprint(optimizer)
 
 
+def _load(name: str, load_in_8bit: bool) -> torch.nn.Module:
+    return load_model(name, dtype="bfloat16", load_in_8bit=load_in_8bit)
+
+
 def main(name: str) -> None:
     """Print two tables and append them to the results."""
     rows = []
     print("| weights | bytes in bf16 | bits | bytes in 8 bits | bits |\n|---|---|---|---|---|")
-    found = [weight_footprint(load_model(name, load_in_8bit=eight)) for eight in (False, True)]
+    found = [weight_footprint(_load(name, eight)) for eight in (False, True)]
     for kind in found[0]:
         cells = [f"{part[kind]['bytes']:,} | {part[kind]['bits']:.2f}" for part in found]
         print(f"| {kind} | {' | '.join(cells)} |")
@@ -43,7 +47,7 @@ def main(name: str) -> None:
     print("\n| rank of the adapter | bytes of AdamW's state | of it in 8 bits |\n|---|---|---|")
     for rank in RANKS:
         adapter = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        state = update_once(get_peft_model(load_model(name, load_in_8bit=True), adapter))
+        state = update_once(get_peft_model(_load(name, True), adapter))
         print(f"| {rank} | {state['bytes']:,} | {100 * state['share_8bit']:.1f} % |")
         row = {"what": f"AdamW, rank {rank}", "precision": "adamw_8bit", "bytes": state["bytes"]}
         rows.append(row | {"bits": "", "share_8bit": round(state["share_8bit"], 4)})

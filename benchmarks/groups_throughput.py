@@ -27,12 +27,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--trl", default="trl_bf16_ckpt")
+    parser.add_argument("--dtype", default="bfloat16", help="of ours")
     args = parser.parse_args()
     rows = []
     for size in args.sizes:
         pairs = size * (size - 1) // 2
         workload = {"kind": "groups", "prompt": args.prompt, "response": args.response}
         workload |= {
+            "dtype": args.dtype,
             "size": size,
             "rows": args.groups,
             "per_step": 1,

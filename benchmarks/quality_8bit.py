@@ -57,6 +57,7 @@ def make_data(model: str, work: Path) -> None:
     """Draw and score once, from the bf16 model: both kinds train on the same rows."""
     from ctrl_dpo import relabel
     from ctrl_dpo.engine.generation import Sampler
+    from ctrl_dpo.engine.models import load_model, load_tokenizer
     from ctrl_dpo.sample import sample
     from ctrl_dpo.score import score
 
@@ -66,7 +67,12 @@ def make_data(model: str, work: Path) -> None:
             continue
         length = 8 if model.endswith(SMALL) else 24
         prompts = prompts_of(model, part, count)
-        drawn = sample(prompts, model, Sampler(draws=8, max_new_tokens=length, seed=0))
+        drawn = sample(
+            prompts,
+            load_model(model, dtype="bfloat16"),
+            Sampler(draws=8, max_new_tokens=length, seed=0),
+            tokenizer=load_tokenizer(model),
+        )
         reward = letters if model.endswith(SMALL) else "sentiment_reward:compound"
         scored = score(drawn, reward)
         groups = relabel(scored, procedure="best_of_4", target_kl=1.0, extremes=2)
@@ -87,6 +93,7 @@ def train(model: str, work: Path, kind: str, seed: int, steps: int) -> dict[str,
     args = CTRLDPOConfig(
         str(work / f"{kind}-{seed}"),
         load_in_8bit=kind == "int8",
+        model_dtype="bfloat16",
         max_steps=steps,
         per_device_train_batch_size=2,
         per_device_eval_batch_size=4,

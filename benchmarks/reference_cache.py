@@ -27,7 +27,7 @@ from peft import LoraConfig
 from recording import append_rows
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
-from ctrl_dpo.engine.models import load_tokenizer
+from ctrl_dpo.engine.models import fast_dtype, load_tokenizer
 
 PROMPTS = Path(__file__).parent.parent / "recipes" / "data" / "train_prompts.jsonl"
 
@@ -101,6 +101,7 @@ def main() -> None:
         shutil.copytree(args.model, model)
         template = "<|im_start|>"
         other = other_tokenizer(model, place / "other", template, template + " ")
+        other_dtype = "float32" if fast_dtype() == "bfloat16" else "bfloat16"
         half = data.select(range(len(data) // 2))
         cases: dict[str, tuple[Path, Dataset, dict[str, Any]]] = {
             "cold": (model, data, {}),
@@ -110,7 +111,7 @@ def main() -> None:
             "seed": (model, data, {"seed": 7}),
             "batch size": (model, data, {"per_device_train_batch_size": 2}),
             "half of the dataset, reversed": (model, half.select(range(len(half))[::-1]), {}),
-            "type of weights": (model, data, {"model_dtype": "float32"}),
+            "type of weights": (model, data, {"model_dtype": other_dtype}),
             "8 bits": (model, data, {"load_in_8bit": True}),
             "row layout": (model, data, {"share_prompt": False}),
             "tokenizer, other tokens": (other, data, {}),

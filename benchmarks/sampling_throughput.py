@@ -3,8 +3,9 @@
     python benchmarks/sampling_throughput.py MODEL_FOLDER [--draws 16] [--prompts 8] [--tokens 40]
         [--prompt-tokens 200] [--cpu-time]
 
-Both draw K responses to each prompt from the whole distribution at temperature 1 in bfloat16, from
-the same prompts, padded the same way. Tokens are counted up to and including the end token.
+Both draw K responses to each prompt from the whole distribution at temperature 1, in the type
+that is fast here, from the same prompts, padded the same way. Tokens are counted up to and
+including the end token.
 
 The bound beside the ratio is what the ratio would be if our draws were nothing but their matrix
 products (each prompt token once, each drawn token once), at the rate of a large product measured in
@@ -58,9 +59,9 @@ def ours(model: Any, ids: list[list[int]], draws: int, tokens: int, end: list[in
     return sum(len(r) for d in drawn for r in d.response_ids)
 
 
-def product_rate(clock: Callable[[], float], size: int = 1024) -> float:
-    """Return the operations per second of a large product in bfloat16."""
-    a, b = (torch.ones(size, size, dtype=torch.bfloat16) for _ in range(2))
+def product_rate(clock: Callable[[], float], dtype: torch.dtype, size: int = 1024) -> float:
+    """Return the operations per second of a large product."""
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     start = clock()
     for _ in range(20):
@@ -92,7 +93,7 @@ def measure_in_turn(
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     bounds = []
     for repeat in range(args.repeats + 1):
-        peak = product_rate(clock)
+        peak = product_rate(clock, stock.dtype)
         for name, (run, model) in contestants.items():
             start = clock()
             n = run(model, ids, args.draws, args.tokens, end)
@@ -129,7 +130,7 @@ def main() -> None:
     rates, bounds = measure_in_turn(stock, fast, ids, end, args)
     ratios = [a / b for a, b in zip(rates["ctrl_dpo"], rates["generate"], strict=True)]
     names = ("draws", "prompts", "tokens", "repeats", "prompt_tokens", "cpu_time")
-    settings = {k: getattr(args, k) for k in names}
+    settings = {k: getattr(args, k) for k in names} | {"dtype": str(stock.dtype)}
     row = {
         "settings": json.dumps(settings),
         "generate_tokens_per_s": round(statistics.median(rates["generate"]), 1),

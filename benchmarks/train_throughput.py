@@ -20,7 +20,7 @@ from contestants import SIDES, run
 from flops import matmul_ceiling
 from recording import append_rows
 
-from ctrl_dpo.engine.models import DTYPES, fast_dtype
+from ctrl_dpo.engine.models import DTYPES
 
 # products of a decoder layer of SmolLM2-135M at the median length of a row
 SHAPES = [(240, k, n) for k, n in ((576, 576), (576, 192), (576, 1536), (1536, 576))]
@@ -56,14 +56,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of ours")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     workload = {"kind": "hh", "rows": args.steps * args.per_step, "per_step": args.per_step}
+    workload["dtype"] = args.dtype
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in args.sides}
     ceilings = []
     for repeat in range(args.repeats):
         for side in args.sides:
-            ceilings.append(matmul_ceiling(SHAPES, DTYPES[fast_dtype("cpu")]))
+            ceilings.append(matmul_ceiling(SHAPES, DTYPES[args.dtype]))
             found = run(args.model, side, args.threads, **workload, flops=repeat == 0)
             print(json.dumps(found), flush=True)
             if "failed" not in found:
@@ -87,7 +89,6 @@ def main() -> None:
                 **workload,
                 "repeats": args.repeats,
                 "threads": args.threads,
-                "dtype of ours": fast_dtype("cpu"),
             }
         )
         print(row)

@@ -11,7 +11,9 @@ from transformers import TrainingArguments
 
 from ctrl_dpo._validation import check_choice, check_integer, check_positive
 from ctrl_dpo.calibrate import METHODS
+from ctrl_dpo.engine.checks import check_attention
 from ctrl_dpo.engine.models import DTYPES, fast_dtype
+from ctrl_dpo.engine.passes import default_tokens
 from ctrl_dpo.theory.procedures import parse_procedure
 
 LOSSES = ("squared", "soft_label", "softmax", "dpo", "ipo")
@@ -78,7 +80,7 @@ class CTRLDPOConfig(TrainingArguments):
         "Tokens of one forward and backward pass, a bound of memory: micro-batches, and the rows "
         "of the reference pass, are computed in passes of groups of similar length. By default one "
         "group at a time on a processor, where more are not faster, else 16384. Where weights are "
-        "sharded over processes, a micro-batch is one pass.",
+        "sharded over processes, a micro-batch is one pass; the reference pass comes before that.",
         None,
     )
     load_in_8bit: bool = _doc("Hold the base model's linear layers in int8 (bitsandbytes).", False)
@@ -89,8 +91,8 @@ class CTRLDPOConfig(TrainingArguments):
     )
     attn_implementation: str | None = _doc(
         "Attention of a model given by name, as in transformers: sdpa by default, with one mask of "
-        "the whole row; flex_attention, on an accelerator, never computes the blocks of tokens "
-        "that do not see each other.",
+        "the whole row; flex_attention, on CUDA or XPU, never computes the blocks of tokens that "
+        "do not see each other.",
         None,
     )
     reference_cache: str | None = _doc(
@@ -131,9 +133,10 @@ class CTRLDPOConfig(TrainingArguments):
             self.use_cpu = True
             self.dataloader_pin_memory = False
         super().__post_init__()
+        check_attention(self.attn_implementation, self.device)
         self.model_dtype = self.model_dtype or fast_dtype(self.device)
         if self.max_tokens_per_pass is None:
-            self.max_tokens_per_pass = 1 if self.device.type == "cpu" else 16384
+            self.max_tokens_per_pass = default_tokens(self.device)
 
     def _check_numbers(self) -> None:
         if not check_positive("learning_rate", self.learning_rate) <= 1:

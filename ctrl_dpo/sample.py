@@ -113,7 +113,12 @@ def sample(
     folder = StageFolder(
         Path(output),
         "sample",
-        settings={**chosen.settings, "batch_rows": batch_rows, "log_ratios": log_ratios},
+        settings={
+            **chosen.settings,
+            "batch_rows": batch_rows,
+            "log_ratios": log_ratios,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+        },
         inputs={"model": identity, "prompts": _prompts_hash(ids)},
         n_shards=len(shards),
     ).open()

@@ -18,7 +18,7 @@ from ctrl_dpo.engine.losses import group_loss, pad_groups, share_of_update
 from ctrl_dpo.engine.memory import MemoryCallback
 from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics, token_metrics
 from ctrl_dpo.engine.models import load_tokenizer
-from ctrl_dpo.engine.passes import LengthPools, collate_passes
+from ctrl_dpo.engine.passes import LengthPools, collate_passes, default_tokens
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
@@ -155,10 +155,13 @@ class CTRLDPOTrainer(ResumableTrainer):
 
     def _needs_one_pass(self) -> bool:
         """Tell whether a backward pass does more than to add to the gradients."""
-        # sharded: it gathers the weights of all processes, which must make equally many
+        layerwise = any(name in str(self.args.optim) for name in ("layerwise", "lomo"))
+        return layerwise or self._is_sharded()
+
+    def _is_sharded(self) -> bool:
+        """Tell whether a pass gathers weights, so that processes must make equally many."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        sharded = sharded or self.is_distributed_loading_by_transformers
-        return sharded or any(name in str(self.args.optim) for name in ("layerwise", "lomo"))
+        return bool(sharded or self.is_distributed_loading_by_transformers)
 
     def _tokenised(
         self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig
@@ -170,7 +173,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         if not missing:
             return
         folder = Path(args.reference_cache) if args.reference_cache else None
-        limit = int(args.max_tokens_per_pass or 1)
+        limit = args.max_tokens_per_pass or default_tokens(args.device)
         with self.reference.computing() as model, mixed_precision(args):
             computed = add_reference_logps(
                 model, missing, self.reference.identity, folder, limit, args.share_prompt
@@ -185,6 +188,12 @@ class CTRLDPOTrainer(ResumableTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, also on a dataset that was not there when the trainer was built."""
         if hasattr(eval_dataset, "column_names"):
+            if self._is_sharded():
+                raise ValueError(
+                    "eval_dataset must be given when the trainer is built where weights are "
+                    f"sharded over processes; got a new one of {len(eval_dataset)} rows, whose "
+                    "reference pass would have to come before that."
+                )
             check_computation(eval_dataset, self.reference_computed)
             eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
             self._add_reference_logps(eval_dataset, self.args)

@@ -121,6 +121,8 @@ class StageFolder:
             theirs: Any = record.get(key)
             if isinstance(value, dict) and isinstance(theirs, dict):
                 names = [k for k in {**value, **theirs} if value.get(k) != theirs.get(k)]
+                if not names:  # a setting that did not exist then, and is not set now
+                    continue
                 key, value, theirs = f"{key}.{names[0]}", value.get(names[0]), theirs.get(names[0])
             raise ValueError(
                 f"output must hold this run; got {str(self.path)!r} of another run, where {key} is "

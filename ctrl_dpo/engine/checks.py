@@ -19,6 +19,28 @@ STEP_ZERO_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
+def check_attention(implementation: str | None, device: torch.device) -> None:
+    """Raise where PyTorch has no backward pass for FlexAttention.
+
+    Parameters
+    ----------
+    implementation : str or None
+        Attention, by its name in transformers.
+    device : torch.device
+        Where the model is trained.
+
+    Raises
+    ------
+    ValueError
+        If it is ``flex_attention`` on a CPU or on MPS.
+    """
+    if implementation == "flex_attention" and device.type in ("cpu", "mps"):
+        raise ValueError(
+            "attn_implementation must not be 'flex_attention' where PyTorch has no backward pass "
+            f"for it; got device {device.type!r}. Use 'sdpa'."
+        )
+
+
 def check_8bit(model: Any, name: Any, load_in_8bit: bool, peft_config: Any) -> None:
     """Raise where 8 bits were asked for and are not there, or nothing beside them can be trained.
 
@@ -68,13 +90,9 @@ def check_model(model: Any, reference: ReferencePolicy) -> None:
     ValueError
         If no weight is trainable, the base model of an adapter is, the head has an adapter, the
         adapter is a prompt or one of several, a model trained as a whole has no reference policy,
-        or attention is FlexAttention on a CPU.
+        or its attention cannot be trained on its device.
     """
-    if model.config._attn_implementation == "flex_attention" and model.device.type == "cpu":
-        raise ValueError(
-            "attn_implementation must not be flex_attention on a CPU, where PyTorch has no "
-            "backward pass for it; use sdpa."
-        )
+    check_attention(model.config._attn_implementation, model.device)
     if reference.model is model and reference.kind not in (ADAPTER_OFF, FROZEN_ADAPTER):
         raise ValueError("ref_model must be a model of its own; got the one that is trained.")
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]

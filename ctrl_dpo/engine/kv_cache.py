@@ -198,12 +198,16 @@ def decode_attention(
 
 def use_decode_attention(model: Any) -> None:
     """Switch a model to :func:`decode_attention`."""
-    _base(model).set_attn_implementation(ATTENTION)
+    base = _base(model)
+    if base.config._attn_implementation != ATTENTION:
+        base._training_attention = base.config._attn_implementation
+    base.set_attn_implementation(ATTENTION)
 
 
 def use_training_attention(model: Any) -> None:
     """Switch a model back to the attention it is trained with."""
-    _base(model).set_attn_implementation("sdpa")
+    base = _base(model)
+    base.set_attn_implementation(getattr(base, "_training_attention", "sdpa"))
 
 
 def _base(model: Any) -> Any:

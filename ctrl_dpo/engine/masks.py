@@ -63,7 +63,7 @@ def attention_mask(base: Any, segments: torch.Tensor, positions: torch.Tensor) -
 
     Returns
     -------
-    None, Tensor or dict of str to Tensor
+    None, Tensor, BlockMask, or dict of str to either
         Where every row is one text, the model makes the mask itself: None for one row, else the
         usual ``(rows, s)`` mask of padding. One mask for each kind of layer where a model mixes
         them. A ``BlockMask`` where the model computes attention by FlexAttention.

@@ -47,8 +47,9 @@ def fast_dtype(device: str | torch.device | None = None) -> str:
     -------
     {"bfloat16", "float32"}
         bfloat16, or float32 where bfloat16 products are emulated: on CUDA devices before compute
-        capability 8.0, and on processors without AVX-512 or its like on ARM, where they took 7
-        times as long (``benchmarks/LOG.md``). float16 is never chosen: gradients leave its range.
+        capability 8.0, and on processors for which oneDNN has no bfloat16 kernels (x86 without
+        AVX-512), where they took 7 times as long and more (``benchmarks/type_speed.py``). float16
+        is never chosen: gradients leave its range.
 
     Examples
     --------
@@ -57,7 +58,7 @@ def fast_dtype(device: str | torch.device | None = None) -> str:
     """
     place = torch.device(device) if device is not None else default_device()
     if place.type == "cpu":
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        native = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     elif place.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -177,8 +178,12 @@ def load_policy(
     transformers.PreTrainedModel or peft.PeftModel
         The model in evaluation mode.
     """
-    loading: dict[str, Any] = {"dtype": dtype, "load_in_8bit": load_in_8bit, "device": device}
-    loading["attn_implementation"] = attn_implementation
+    loading: dict[str, Any] = {
+        "dtype": dtype,
+        "load_in_8bit": load_in_8bit,
+        "device": device,
+        "attn_implementation": attn_implementation,
+    }
     if not is_adapter(name):
         return load_model(name, **loading)
     from peft import PeftConfig, PeftModel

@@ -13,8 +13,15 @@ from ctrl_dpo.engine.batches import collate, row_lengths
 
 # share of a pass's tokens that may be padding
 _PADDING = 0.05
+# tokens of a pass by default: on a processor more than a group at a time is not faster
+_TOKENS_ON_CPU, _TOKENS = 1, 16384
 # batches in a pool that is sorted by length: more sort better, fewer mix better
 _POOL = 50
+
+
+def default_tokens(device: torch.device) -> int:
+    """Return the limit of a pass in tokens where none is set."""
+    return _TOKENS_ON_CPU if device.type == "cpu" else _TOKENS
 
 
 def collate_passes(
@@ -72,16 +79,17 @@ def split(lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda i: -max(lengths[i]))
     passes: list[list[int]] = []
+    rows = apart = longest = 0  # of the last pass
     for i in order:
-        grown = [*passes[-1], i] if passes else [i]
-        sizes = [(len(lengths[j]), max(lengths[j])) for j in grown]
-        apart = sum(rows * longest for rows, longest in sizes)
-        together = sum(rows for rows, _ in sizes) * sizes[0][1]
-        fits = together <= max_tokens and apart >= (1 - _PADDING) * together
+        more, length = len(lengths[i]), max(lengths[i])
+        together = (rows + more) * longest
+        fits = together <= max_tokens and apart + more * length >= (1 - _PADDING) * together
         if passes and fits:
-            passes[-1] = grown
+            passes[-1].append(i)
+            rows, apart = rows + more, apart + more * length
         else:
             passes.append([i])
+            rows, apart, longest = more, more * length, length
     return passes
 
 

@@ -36,7 +36,7 @@ def set_up_policies(
     tokenizer : transformers.PreTrainedTokenizerBase
         What the data is tokenised with.
     args : CTRLDPOConfig
-        Type, 8 bits, device and seed.
+        Type, 8 bits, attention, device and seed.
     from_dataset : bool
         Whether the dataset has the reference policy's log-probabilities of every row.
 
@@ -46,10 +46,24 @@ def set_up_policies(
         The policy on its device, its adapter attached, one function in training and evaluation.
     reference : ReferencePolicy
         What log-ratios are taken against.
+
+    Raises
+    ------
+    ValueError
+        If a model given as an object computes attention otherwise than configured.
     """
     name = model if isinstance(model, (str, Path)) else None
-    names = {"dtype": args.model_dtype, "load_in_8bit": args.load_in_8bit}
-    loading: dict[str, Any] = names | {"attn_implementation": args.attn_implementation}
+    loading: dict[str, Any] = {
+        "dtype": args.model_dtype,
+        "load_in_8bit": args.load_in_8bit,
+        "attn_implementation": args.attn_implementation,
+    }
+    if name is None and args.attn_implementation not in (None, model.config._attn_implementation):
+        raise ValueError(
+            "attn_implementation must be that of the model where the model is given as an object; "
+            f"got {args.attn_implementation!r} for {model.config._attn_implementation!r}. Load the "
+            "model with it, or give its name."
+        )
     if name is not None:
         model = load_policy(name, **loading, trainable=True)
     if isinstance(ref_model, (str, Path)):

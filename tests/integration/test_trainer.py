@@ -16,6 +16,7 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, pairs, relabel
 from ctrl_dpo.engine.footprint import optimizer_footprint
+from ctrl_dpo.engine.reference import add_reference_logps
 
 
 def scored(count: int = 4, k: int = 3) -> Dataset:
@@ -157,6 +158,42 @@ def test_accumulation_is_the_large_batch(tmp_path):
         made.train()
         norms.append((logged(folder)[0]["loss"], logged(folder)[0]["grad_norm"]))
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_attention_is_as_configured(tmp_path, tiny_model_folder):
+    found = {}
+    for kind in ("sdpa", "eager"):
+        folder = tmp_path / kind
+        settings = {"attn_implementation": kind, "model_dtype": "float32"}
+        made = trainer(folder, model=str(tiny_model_folder), **settings)
+        assert made.model.config._attn_implementation == kind
+        made.train()
+        found[kind] = [(row["loss"], row["grad_norm"]) for row in logged(folder)]
+    np.testing.assert_allclose(found["eager"], found["sdpa"], rtol=1e-3)
+    with pytest.raises(ValueError, match=r"given as an object; got 'eager' for 'sdpa'"):
+        trainer(tmp_path, attn_implementation="eager")
+    with pytest.raises(ValueError, match=r"must not be 'flex_attention' .*; got device 'cpu'"):
+        trainer(tmp_path, attn_implementation="flex_attention")
+
+
+def test_the_reference_pass_has_the_limit_of_passes(tmp_path, monkeypatch):
+    limits = []
+
+    def spied(model, rows, key, folder, max_tokens, share):
+        limits.append(max_tokens)
+        return add_reference_logps(model, rows, key, folder, max_tokens, share)
+
+    monkeypatch.setattr("ctrl_dpo.train.add_reference_logps", spied)
+    trainer(tmp_path, max_tokens_per_pass=77)
+    trainer(tmp_path)
+    assert limits == [77, 1]
+
+
+def test_sharded_weights_take_no_evaluation_data_later(tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    monkeypatch.setattr(type(made), "_is_sharded", lambda _: True)
+    with pytest.raises(ValueError, match=r"must be given when the trainer is built .* 4 rows"):
+        made.evaluate(labels())
 
 
 @pytest.mark.parametrize("loss", ["squared", "softmax", "soft_label", "dpo", "ipo"])

@@ -15,7 +15,13 @@ from ctrl_dpo.engine.generation import (
     draw_responses,
     end_tokens,
 )
-from ctrl_dpo.engine.kv_cache import block_cache, decode_attention, use_decode_attention
+from ctrl_dpo.engine.kv_cache import (
+    ATTENTION,
+    block_cache,
+    decode_attention,
+    use_decode_attention,
+    use_training_attention,
+)
 
 PROMPTS = [[1, 40, 41, 42], [1], [1, 60, 61, 62, 63, 64, 65], [1, 70, 71]]
 
@@ -26,6 +32,15 @@ def drawing_model(request):
     model = tiny_llama(num_key_value_heads=heads)
     use_decode_attention(model)
     return model
+
+
+def test_a_policy_gets_back_the_attention_that_it_came_with():
+    model = tiny_llama(attn_implementation="eager")
+    for _ in range(2):
+        use_decode_attention(model)
+        assert model.config._attn_implementation == ATTENTION
+    use_training_attention(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def slow_draw(model, prompt, sampler, draw, end_ids, occurrence=0):

@@ -51,6 +51,14 @@ def test_opening_again_continues_the_same_run(tmp_path):
     assert not again.is_complete
 
 
+def test_a_setting_that_the_record_does_not_know_must_not_be_set(tmp_path):
+    stage(tmp_path / "out").open().write_shard(0, rows(1))
+    again = stage(tmp_path / "out", settings={"seed": 1, "attention": None}).open()
+    assert again.missing_shards() == [1]
+    with pytest.raises(ValueError, match=r"where settings\.attention is None, not 'eager'"):
+        stage(tmp_path / "out", settings={"seed": 1, "attention": "eager"}).open()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

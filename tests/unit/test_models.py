@@ -119,7 +119,13 @@ def test_a_gguf_folder_is_refused_with_the_remedy(tmp_path):
 
 @pytest.mark.parametrize(
     ("device", "native", "wanted"),
-    [("cpu", True, "bfloat16"), ("cpu", False, "float32"), ("cuda", False, "float32")],
+    [
+        ("cpu", True, "bfloat16"),
+        ("cpu", False, "float32"),
+        ("cuda", True, "bfloat16"),
+        ("cuda", False, "float32"),
+        ("mps", False, "bfloat16"),
+    ],
 )
 def test_the_default_type_is_one_that_the_device_does_not_emulate(
     tiny_model_folder, monkeypatch, tmp_path, device, native, wanted
@@ -131,6 +137,12 @@ def test_the_default_type_is_one_that_the_device_does_not_emulate(
         assert load_model(tiny_model_folder, device=device).dtype == getattr(torch, wanted)
         assert CTRLDPOConfig(str(tmp_path), use_cpu=True).model_dtype == wanted
         assert CTRLDPOConfig(str(tmp_path), model_dtype="float16").model_dtype == "float16"
+
+
+def test_a_build_without_onednn_computes_in_float32(monkeypatch):
+    monkeypatch.setattr("torch._C._has_mkldnn", False)
+    monkeypatch.delattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", raising=False)
+    assert fast_dtype("cpu") == "float32"
 
 
 def test_attention_of_a_model_given_by_name(tiny_model_folder):
