@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment.cells import RECORD, Bench
-from experiment.results import cell_rows, comparison, equal_kl_rows, figure, flat
+from experiment.results import cell_rows, comparison, equal_kl_rows, figure, flat, policies
 from experiment.settings import Cell, read_experiment
 from recording import RESULTS, circumstances, merge_rows
 
@@ -50,7 +50,7 @@ def write_results(bench: Bench) -> str:
         f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
         for kl in experiment.kls
     ]
-    return "\n\n".join([*parts, str(picture)])
+    return "\n\n".join([policies(experiment, records), *parts, str(picture)])
 
 
 def run_cell(bench: Bench, cell: Cell) -> bool:

@@ -148,6 +148,29 @@ def comparison(experiment: Experiment, rows: Sequence[Mapping[str, Any]], kl: fl
     return table(header, lines)
 
 
+def policies(experiment: Experiment, records: Iterable[Record]) -> str:
+    """Write what each policy of the main comparison paid and won, as a Markdown table."""
+    procedures = [p for p in SHOWN if p in experiment.measured]
+    lines = []
+    for record in records:
+        cell, measured = record["cell"], record[JUDGES[0]]
+        name = f"{cell['method']} {cell['strength']:g}"
+        if cell["ablation"] != "main":
+            name += f" ({cell['ablation']})"
+        share = measured["attainment"][experiment.procedure]
+        lines.append(
+            [
+                name,
+                text_of(measured["kl"], "{:.2f}"),
+                *(text_of(measured["win_rates"][p], "{:.1%}") for p in procedures),
+                text_of(share, "{:.2f}"),
+                text_of(measured["length"], "{:.1f}"),
+            ]
+        )
+    names = [plots.words(p) for p in procedures]
+    return table(["policy", "KL (nats)", *names, "attainment", "length (tokens)"], lines)
+
+
 def figure(experiment: Experiment, records: Sequence[Record], path: Path) -> Path:
     """Draw win rate against KL for every method under the exact frontier."""
     procedures = [p for p in SHOWN if p in experiment.measured]

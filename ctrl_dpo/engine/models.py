@@ -48,7 +48,7 @@ def fast_dtype(device: str | torch.device | None = None) -> str:
     {"bfloat16", "float32"}
         bfloat16, or float32 where bfloat16 products are emulated: on CUDA devices before compute
         capability 8.0, and on processors for which oneDNN has no bfloat16 kernels (x86 without
-        AVX-512), where they took 7 times as long and more (``benchmarks/type_speed.py``). float16
+        AVX-512), where they took 6 times as long (``benchmarks/type_speed.py``). float16
         is never chosen: gradients leave its range.
 
     Examples

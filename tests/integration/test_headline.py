@@ -99,6 +99,10 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
         assert record["training"]["n_draws"] == 32
     page = headline.write_results(bench)
     assert "| bonbon " in page
+    policy = next(row for row in page.splitlines() if row.startswith("| bonbon 2 "))
+    measured = first[1]["training"]
+    assert f"| {measured['win_rates']['worst_of_4']['value']:.1%} (" in policy
+    assert f"| {measured['length']['value']:.1f} (" in policy
     assert headline.write_results(bench) == page
     rows = list(csv.DictReader((tmp_path / "headline.csv").read_text().splitlines()))
     assert sorted(row["method"] for row in rows) == ["bonbon", "optimal"]
