@@ -27,6 +27,7 @@ from experiment.cells import JUDGES
 from experiment.settings import Experiment
 
 Record = Mapping[str, Any]
+_PIECES = 20  # straight pieces of a line between two policies
 OURS = "optimal"
 SHOWN = ("single_draw", "best_of_4", "best_of_8", "worst_of_4")
 
@@ -184,6 +185,17 @@ def figure(experiment: Experiment, records: Sequence[Record], path: Path) -> Pat
     return path
 
 
+def _joined(curve: Curve) -> tuple[Any, Any]:
+    """Join a method's policies as they are compared: win rates linear in the root of the KL."""
+    points = np.array(
+        [(0, 0.5), *zip(np.sqrt(curve.kls.mean(1)), curve.win_rates.mean(1), strict=True)]
+    )
+    roots, rates = points[np.argsort(points[:, 0])].T
+    places = np.arange(len(roots))
+    fine = np.linspace(0, len(roots) - 1, (len(roots) - 1) * _PIECES + 1)
+    return np.interp(fine, places, roots) ** 2, np.interp(fine, places, rates)
+
+
 @styled
 def _curve_figure(
     rows: Sequence[Mapping[str, Any]], drawn: Mapping[str, Mapping[str, Curve]], title: str
@@ -194,12 +206,12 @@ def _curve_figure(
         frontier = [(r["kl"], 100 * r["win_rate"]) for r in rows if r["procedure"] == procedure]
         axis.plot(*zip(*frontier, strict=True), color="black", label="exact optimum (upper limit)")
         for number, (method, curve) in enumerate(found.items()):
-            kls, rates = curve.kls.mean(axis=1), curve.win_rates.mean(axis=1)
-            order = np.argsort(kls)
+            kls, rates = _joined(curve)
             axis.plot(
-                [0, *kls[order]],
-                [50, *100 * rates[order]],
+                kls,
+                100 * rates,
                 marker=MARKERS[number % len(MARKERS)],
+                markevery=_PIECES,
                 color=COLOURS[number % len(COLOURS)],
                 linestyle=DASHES[number // len(COLOURS)],
                 label=method,
