@@ -110,15 +110,11 @@ def sample(
     if output is None:
         made = [part for _, part in drawing.run(prompts, ids, dict(enumerate(shards)))]
         return concatenate_datasets(made)
+    settings = {**chosen.settings, "batch_rows": batch_rows, "log_ratios": log_ratios}
     folder = StageFolder(
         Path(output),
         "sample",
-        settings={
-            **chosen.settings,
-            "batch_rows": batch_rows,
-            "log_ratios": log_ratios,
-            "dtype": str(loaded.dtype).removeprefix("torch."),
-        },
+        settings=settings | {"dtype": str(loaded.dtype).removeprefix("torch.")},
         inputs={"model": identity, "prompts": _prompts_hash(ids)},
         n_shards=len(shards),
     ).open()
