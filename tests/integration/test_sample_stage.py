@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama, tiny_tokenizer
 
 from ctrl_dpo import sample as sample_module
 from ctrl_dpo.data.folders import read_record, read_shards
+from ctrl_dpo.data.tokens import prompt_tokens
 from ctrl_dpo.engine.generation import Sampler
 from ctrl_dpo.sample import sample
 
@@ -130,3 +133,45 @@ def test_bad_prompts_are_refused_before_anything_is_drawn(rows, message):
 def test_log_ratios_need_a_reference_policy():
     with pytest.raises(ValueError, match=r"policy with an adapter; got LlamaForCausalLM"):
         run(log_ratios=True)
+
+
+def adapted(dtype: torch.dtype):
+    torch.manual_seed(3)
+    lora = LoraConfig(
+        r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    return get_peft_model(tiny_llama(dtype=dtype), lora, autocast_adapter_dtype=False)
+
+
+def plain_logps(model, row) -> list[float]:
+    """Log-probability of each response, one plain forward pass each."""
+    start, found = prompt_tokens(tiny_tokenizer(), row["prompt"]), []
+    for response in row["response_ids"]:
+        with torch.no_grad():
+            logits = model(torch.tensor([[*start, *response]])).logits[0, len(start) - 1 : -1]
+        chosen = torch.tensor(response)[:, None]
+        found.append(float(logits.double().log_softmax(-1).gather(1, chosen).sum()))
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_ratios_are_of_policy_and_reference_not_of_the_sampler(temperature):
+    sampler = Sampler(draws=3, max_new_tokens=6, temperature=temperature, seed=4)
+    model, tokenizer = adapted(torch.float32), tiny_tokenizer()
+    rows = sample(prompts(), model, sampler, tokenizer=tokenizer, log_ratios=True)
+    again = adapted(torch.float32)
+    for row in rows:
+        assert row["policy_logps"] == pytest.approx(plain_logps(again, row), abs=1e-4)
+        with again.disable_adapter():
+            expected = plain_logps(again, row)
+        assert row["reference_logps"] == pytest.approx(expected, abs=1e-4)
+        both = zip(row["policy_logps"], row["sampler_logps"], strict=True)
+        gap = max(abs(policy - sampled) for policy, sampled in both)
+        assert gap < 1e-4 if temperature == 1 else gap > 0.1
+
+
+def test_log_ratios_in_bfloat16_take_one_forward_path():
+    rows = sample(
+        prompts(), adapted(torch.bfloat16), SAMPLER, tokenizer=tiny_tokenizer(), log_ratios=True
+    )
+    assert rows["policy_logps"] != rows["sampler_logps"]
