@@ -83,10 +83,12 @@ def _members(groups: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
             sizes.append(len(places))
         weights += group["weight"] if "members" in group else [group.get("weight", 1.0)]
         start += count
+    counts = torch.tensor(sizes)
+    group_of = torch.repeat_interleave(torch.arange(len(sizes)), counts)
     return {
         "members": torch.tensor(members),
-        "group_of": torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)),
-        "slot_of": torch.cat([torch.arange(size) for size in sizes]),
+        "group_of": group_of,
+        "slot_of": torch.arange(len(members)) - (counts.cumsum(0) - counts)[group_of],
         "weights": torch.tensor([float(weight) for weight in weights]),
     }
 
