@@ -68,8 +68,7 @@ def sample(
         Prompts per shard: what an interruption can lose.
     log_ratios : bool
         For a policy with an adapter: add the log-probability of each draw under the policy and
-        under its reference policy (adapter off), for the KL: from one forward path, but in float32
-        without ``temperature``, ``top_k`` and ``top_p``, where the policy's are the sampler's.
+        under its reference policy (adapter off), from one forward path, for the KL.
 
     Returns
     -------
@@ -196,24 +195,16 @@ class _Drawing:
     def _logps(self, ids: list[list[int]], draws: list[Draws]) -> dict[str, list[list[float]]]:
         """Compute each draw under policy and reference, in one row layout for both."""
         made: dict[str, list[list[float]]] = {columns.POLICY_LOGPS: [], columns.REFERENCE_LOGPS: []}
-        known = self._decoding_is_exact()
         # the stock attention of training: that of decoding is made for one position at a time
         use_training_attention(self.model)
         for prompt, drawn in zip(ids, draws, strict=True):
             group = {"prompt_ids": prompt, "response_ids": drawn.response_ids}
             batch = {k: v.to(self.model.device) for k, v in collate([group]).items()}
             with torch.no_grad():
-                logps = drawn.sampler_logps if known else response_logps(self.model, batch).tolist()
-            made[columns.POLICY_LOGPS].append(logps)
+                made[columns.POLICY_LOGPS].append(response_logps(self.model, batch).tolist())
             made[columns.REFERENCE_LOGPS].append(reference_logps(self.model, batch).tolist())
         use_decode_attention(self.model)
         return made
-
-    def _decoding_is_exact(self) -> bool:
-        """Tell whether the sampler's log-probabilities are the policy's to float32 rounding."""
-        # in bfloat16 and in 8 bits decoding and a pass over the whole row differ too much
-        exact = torch.get_float32_matmul_precision() == "highest" and not self.sampler.processors()
-        return exact and {p.dtype for p in self.model.parameters()} == {torch.float32}
 
 
 def _prompts_hash(ids: Sequence[Sequence[int]]) -> str:

@@ -50,7 +50,7 @@ def numerics(model: Any) -> dict[str, Any]:
         "attention": base.config._attn_implementation,
         "autocast": str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "",
         "precision": [
-            torch.get_float32_matmul_precision(),
+            *_float32_precision(),
             torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
             torch.are_deterministic_algorithms_enabled(),
         ],
@@ -68,6 +68,17 @@ def _forms(base: Any, tuner: Any) -> list[str]:
         for name, tensor in base.named_parameters(remove_duplicate=False)
         if not (prefix and prefix in name)
     )
+
+
+def _float32_precision() -> list[str]:
+    """Read PyTorch's older setting and the newer ones, which forbid reading the older if used."""
+    kinds = [torch.backends, torch.backends.cuda.matmul]
+    kinds.append(getattr(torch.backends.mkldnn, "matmul", None))
+    newer = [getattr(kind, "fp32_precision", "") for kind in kinds]
+    try:
+        return [torch.get_float32_matmul_precision(), *newer]
+    except RuntimeError:
+        return ["", *newer]
 
 
 def _device(device: torch.device) -> list[str]:

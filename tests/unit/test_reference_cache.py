@@ -138,6 +138,20 @@ def test_numerics_tell_computations_apart(tiny_model_folder, monkeypatch):
     assert numerics(tiny_llama())["versions"] == {"torch": "9"}
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mkldnn"])
+def test_newer_precision_settings_are_told_apart_and_do_not_stop_a_run(kind):
+    plain, settings = numerics(tiny_llama()), getattr(torch.backends, kind).matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):  # what PyTorch says of the older setting then
+            torch.get_float32_matmul_precision()
+        assert numerics(tiny_llama())["precision"] != plain["precision"]
+    finally:
+        settings.fp32_precision = before
+    assert numerics(tiny_llama()) == plain
+
+
 def test_8bit_values_are_those_of_the_policy_before_its_first_update(tiny_model_folder, tmp_path):
     model = load_model(tiny_model_folder, dtype="float32", load_in_8bit=True)
     policy = get_peft_model(model, lora())
