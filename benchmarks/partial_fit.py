@@ -1,39 +1,45 @@
-"""What is left of a method's advantage when a policy sees only a part of the reward? Exactly.
+"""What is left of a method's advantage when a policy sees only a part of the reward? A model of it.
 
-    python benchmarks/partial_fit.py [--kl 1.0]
+    python benchmarks/partial_fit.py
 
-A response has a reward z (standard normal under the reference policy) and a feature s with
-correlation sqrt(r2): a policy can reweight responses by s alone, as one that has learned a share
-r2 of the reward. Each method's log-ratio is the regression of its targets on s, E[target | s],
-times the number at which it pays the KL (for the optimum, the best of several budgets); `bound`
-is the best of all reweightings by s: no method wins more, whatever its loss. At r2 = 1 that is
-the frontier of the theory. Nothing is sampled: sums over fine grids of s and z.
+A response has a reward z and a feature s, standard normal under the reference policy and with
+correlation sqrt(r2); a policy can reweight responses by s alone, as one that has learned a share
+r2 of the reward. `bound` is the best reweighting of a KL of 1 nat. For best-of-N it is global (the
+win rate is concave in the policy); for worst-of-N, where it is convex, it is a stationary point,
+at r2 = 1 the proved optimum. Each method is what its loss tends to with ever more prompts of 16
+draws, times the number at which it pays the KL: `kept` says whether all draws are trained on or the
+two best and the two worst; DPO takes the best against the worst, QRPO regresses each response
+alone. Nothing is sampled: sums over grids of s and z, joint laws of order statistics.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
+import itertools
 
 import numpy as np
 from numpy.typing import NDArray
 from recording import append_rows
 from scipy import optimize, special, stats
 
-from ctrl_dpo import match_kl
 from ctrl_dpo.measures.tables import table
-from ctrl_dpo.theory.optimum import optimal_policy
+from ctrl_dpo.theory.finite_sample import posterior_means
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
+from ctrl_dpo.theory.rank_targets import match_rank_kl, rank_targets
+from ctrl_dpo.transform import parse_transformation
 
 FloatArray = NDArray[np.float64]
+Targets = dict[int, FloatArray]  # by rank from below, one number a cell of the reward
 
-_STEEPEST = 50.0
-DRAWS = 16  # of which DPO takes the best and the worst
-BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)  # nats the optimum's targets are made for
-GRID = np.linspace(-7, 7, 1401)
+KL, DRAWS = 1.0, 16
+EXTREMES = (1, 2, 15, 16)  # ranks, from below, of the draws that are kept
+BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)  # nats the optimum's targets are made for
+GRID = np.linspace(-7, 7, 701)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PROCEDURES = ("best_of_4", "worst_of_4")
-METHODS = ("optimal", "dpo", "qrpo_log", "rebel", "identity")
+METHODS = ("optimal", "dpo", "qrpo_log", "rebel")
+_STEEPEST = 1e4  # exponent of a standard deviation
+_RIDGE = 1e-12
 
 
 class PartialView:
@@ -43,15 +49,18 @@ class PartialView:
         self.procedure = procedure
         mass = stats.norm.pdf(GRID)
         self.q = mass / mass.sum()
-        centre, spread = np.sqrt(share) * GRID, np.sqrt(1 - share)
-        edges = (GRID[1:] + GRID[:-1]) / 2  # between rewards, so that r2 = 1 is s itself
+        edges = (GRID[1:] + GRID[:-1]) / 2
         if share == 1:
             self.below = (GRID[None, :] < edges[:, None]).astype(float)
         else:
-            self.below = stats.norm.cdf((edges[:, None] - centre[None, :]) / spread)
-        # P(z in cell | s), cells down, s across
-        self.conditional = np.diff(self.below, axis=0, prepend=0.0, append=1.0)
-        self.served = procedure.distortion(self._edges(self.q))
+            centre = np.sqrt(share) * GRID[None, :]
+            self.below = stats.norm.cdf((edges[:, None] - centre) / np.sqrt(1 - share))
+        # P(reward in cell | s), cells down, s across
+        self.rewards = np.diff(self.below, axis=0, prepend=0.0, append=1.0)
+        self.cdf = self._edges(self.q)
+        own = np.maximum(np.diff(self.cdf), np.finfo(float).tiny)
+        self.features = self.rewards * self.q / own[:, None]  # P(s | reward in cell)
+        self.served = procedure.distortion(self.cdf)
 
     def _edges(self, p: FloatArray) -> FloatArray:
         return np.concatenate(([0.0], np.clip(self.below @ p, 0, 1), [1.0]))
@@ -65,39 +74,30 @@ class PartialView:
         """Return the KL from the reference policy in nats."""
         return float(special.rel_entr(p, self.q).sum())
 
-    def tilted(self, log_ratio: FloatArray, scale: float = 1.0) -> FloatArray:
-        """Return the policy proportional to the reference's times exp(scale x log-ratio)."""
-        logs = np.log(self.q) + scale * log_ratio
-        return special.softmax(logs)
-
-    def paying(self, log_ratio: FloatArray, kl: float) -> FloatArray | None:
-        """Return the tilted policy of a given KL; None where no scale pays it."""
+    def paying(self, log_ratio: FloatArray, kl: float) -> FloatArray:
+        """Return the reference times exp(c log-ratio) that pays the KL, or is the steepest."""
         centred = log_ratio - self.q @ log_ratio
         unit = centred / np.sqrt(self.q @ np.square(centred))
-        if self.kl(self.tilted(unit, _STEEPEST)) < kl:  # flat on top
-            return None
-        scale = optimize.brentq(lambda c: self.kl(self.tilted(unit, c)) - kl, 0.0, _STEEPEST)
-        return self.tilted(unit, scale)
+
+        def tilted(scale: float) -> FloatArray:
+            return special.softmax(np.log(self.q) + scale * unit)
+
+        if self.kl(tilted(_STEEPEST)) < kl:  # flat on top
+            return tilted(_STEEPEST)
+        return tilted(optimize.brentq(lambda c: self.kl(tilted(c)) - kl, 0.0, _STEEPEST))
 
     def best(self, fits: list[FloatArray], kl: float) -> float:
-        """Return the largest win rate that one of the log-ratios reaches at a KL."""
-        policies = [self.paying(fit, kl) for fit in fits]
-        return max(self.win_rate(p) for p in policies if p is not None)
+        """Return the largest win rate that one of the log-ratios reaches within a KL."""
+        return max(self.win_rate(self.paying(fit, kl)) for fit in fits)
 
-    def seen(self, targets: FloatArray) -> FloatArray:
-        """Return E[target | s], the targets one a cell of the reward."""
-        return targets @ self.conditional
-
-    def bound(self, kl: float) -> float:
+    def bound(self, kl: float, start: FloatArray = GRID) -> float:
         """Return the largest win rate of a KL: linearise, solve on the KL ball, search the line."""
-        p = self.paying(GRID, kl)
+        p = self.paying(start, kl)
         rate = self.win_rate(p)
         rise = (self.served[2:] - self.served[:-2]) / 2
-        for _ in range(200):
+        for _ in range(500):
             slope = self.procedure.density(self._edges(p)[1:-1])
             corner = self.paying(-(slope * rise) @ self.below, kl)
-            if corner is None:
-                break
             step = functools.partial(self._between, p, corner)
             found = optimize.minimize_scalar(step, bounds=(0, 1), method="bounded")
             if -found.fun - rate < 1e-9:
@@ -109,38 +109,110 @@ class PartialView:
         return -self.win_rate((1 - share) * p + share * corner)
 
 
-def population_fits(method: str, view: PartialView) -> list[FloatArray]:
+def order_statistic(view: PartialView, rank: int) -> FloatArray:
+    """Return the law of a rank's reward among the draws, on the cells."""
+    return np.diff(special.bdtrc(rank - 1, DRAWS, view.cdf))
+
+
+def joint(view: PartialView, low: int, high: int) -> FloatArray:
+    """Return the joint law of two ranks' rewards, the lower down and the higher across."""
+    own, u = np.diff(view.cdf), (view.cdf[1:] + view.cdf[:-1]) / 2
+    gap = np.maximum(u[None, :] - u[:, None], 0.0)
+    between = gap ** (high - low - 1) if high - low > 1 else (gap > 0) + np.eye(len(u)) / 2
+    law = np.outer(own * u ** (low - 1), own * (1 - u) ** (DRAWS - high)) * between
+    return np.asarray(law / law.sum())
+
+
+@functools.cache
+def targets(method: str, procedure: Procedure) -> list[Targets]:
+    """Return by rank the targets of a method as functions of the reward, one set a budget."""
+    ranks, flat = range(1, DRAWS + 1), np.ones(len(GRID))
+    if method == "rebel":
+        return [dict.fromkeys(ranks, GRID)]
+    if method == "qrpo_log":
+        values = [posterior_means(parse_transformation("log"), DRAWS)]
+    else:
+        name = str(procedure)
+        betas = [match_rank_kl(name, DRAWS, budget) for budget in BUDGETS]
+        values = [rank_targets(name, DRAWS, beta).values for beta in betas]
+    return [{rank: v[rank - 1] * flat for rank in ranks} for v in values]
+
+
+def pointwise(view: PartialView, wanted: Targets, kept: tuple[int, ...]) -> FloatArray:
+    """Return E[target | s] over the kept draws."""
+    laws = {rank: order_statistic(view, rank) for rank in kept}
+    mass = sum(laws.values()) @ view.features
+    return sum(laws[rank] * wanted[rank] for rank in kept) @ view.features / (mass + _RIDGE)
+
+
+def centred(view: PartialView, wanted: list[Targets], kept: tuple[int, ...]) -> list[FloatArray]:
+    """Return the minimisers of the squared error within groups of the kept draws."""
+    if len(kept) == DRAWS:  # draws do not depend on one another: every response alone
+        return [pointwise(view, each, kept) for each in wanted]
+    others = np.zeros((len(GRID), len(GRID)))  # joint law of s of two of the kept, either order
+    right = np.zeros((len(wanted), len(GRID)))
+    for low, high in itertools.combinations(kept, 2):
+        law = joint(view, low, high)
+        seen = view.features.T @ law @ view.features
+        others += seen + seen.T
+        for this, mine, that in ((law, low, high), (law.T, high, low)):
+            pulls = [this.sum(axis=1) * each[mine] - this @ each[that] for each in wanted]
+            right += np.array(pulls) @ view.features
+    system = np.diag(others.sum(axis=1) + _RIDGE) - others
+    return list(np.linalg.lstsq(system, right.T, rcond=None)[0].T)
+
+
+def bradley_terry(view: PartialView) -> FloatArray:
+    """Return the minimiser of DPO's loss on the best against the worst draw, by Newton's method."""
+    law = view.features.T @ joint(view, 1, DRAWS) @ view.features  # rejected down, chosen across
+    tiny = np.finfo(float).tiny
+    # exact if best and worst were independent; what is left far out, where neither is ever seen
+    fit = np.log(law.sum(axis=0) + tiny) - np.log(law.sum(axis=1) + tiny)
+    for _ in range(100):
+        chance = special.expit(fit[:, None] - fit[None, :])  # that the rejected one is preferred
+        pull = law * chance
+        gradient = pull.sum(axis=0) - pull.sum(axis=1)
+        bent = pull * (1 - chance)
+        bent = bent + bent.T
+        hessian = np.diag(bent.sum(axis=1) + _RIDGE) - bent
+        step = np.linalg.solve(hessian, gradient)
+        fit = fit + step * min(1.0, 5.0 / np.abs(step).max())
+        if np.abs(gradient).max() < 1e-12:
+            break
+    return fit
+
+
+def population_fits(
+    method: str, view: PartialView, kept: tuple[int, ...] = EXTREMES
+) -> list[FloatArray]:
     """Return the log-ratios a method's fit tends to, up to a scale: one for each of its budgets."""
-    edges = (GRID[1:] + GRID[:-1]) / 2
-    cdf = np.concatenate(([0.0], stats.norm.cdf(edges), [1.0]))
-    u = (cdf[1:] + cdf[:-1]) / 2
-    if method == "optimal":
-        betas = [match_kl("optimal", view.procedure, budget) for budget in BUDGETS]
-        solved = [optimal_policy(view.procedure, beta) for beta in betas]
-        return [view.seen(policy.log_density(u)) for policy in solved]
-    if method == "dpo":  # the log-odds of s among the best and among the worst of K draws
-        chosen, rejected = view.seen(u ** (DRAWS - 1)), view.seen((1 - u) ** (DRAWS - 1))
-        tiny = np.finfo(float).tiny
-        return [np.log(chosen + tiny) - np.log(rejected + tiny)]
-    targets = {"qrpo_log": np.log(u), "rebel": GRID, "identity": u}[method]
-    return [view.seen(targets)]
+    if method == "dpo":
+        return [bradley_terry(view)]
+    wanted = targets(method, view.procedure)
+    if method == "qrpo_log":
+        return [pointwise(view, each, kept) for each in wanted]
+    return centred(view, wanted, kept)
 
 
-def rates(name: str, share: float, kl: float) -> dict[str, object]:
-    """Return a row: win rates of the bound and of every method at a share and a KL."""
+def rates(name: str, share: float, kept: tuple[int, ...]) -> dict[str, object]:
+    """Return a row: win rates of the bound and of every method."""
     view = PartialView(share, parse_procedure(name))
-    row: dict[str, object] = {"procedure": name, "kl": kl, "share_seen": share}
-    row["bound"] = round(view.bound(kl), 4)
+    few = "2+2" if kept == EXTREMES else str(len(kept))
+    row: dict[str, object] = {"procedure": name, "kl": KL, "kept": few, "share_seen": share}
+    row["bound"] = round(view.bound(KL), 4)
     for method in METHODS:
-        row[method] = round(view.best(population_fits(method, view), kl), 4)
+        # where all of the reward is seen no pair is ever the other way round: no finite fit
+        if (method, share) == ("dpo", 1.0):
+            row[method] = ""
+        else:
+            row[method] = round(view.best(population_fits(method, view, kept), KL), 4)
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kl", type=float, default=1.0)
-    args = parser.parse_args()
-    rows = [rates(name, share, args.kl) for name in PROCEDURES for share in SHARES]
+    everything = tuple(range(1, DRAWS + 1))
+    grid = itertools.product(PROCEDURES, (everything, EXTREMES), SHARES)
+    rows = [rates(name, share, kept) for name, kept, share in grid]
     append_rows("partial_fit", rows)
     print(table(list(rows[0]), [[str(v) for v in row.values()] for row in rows]))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from scipy import integrate, stats
+from scipy import integrate, optimize, special, stats
 
 import ctrl_dpo
 from ctrl_dpo import match_kl
@@ -28,11 +29,19 @@ def partial_fit():
 @pytest.mark.parametrize("name", ["best_of_4", "worst_of_4"])
 def test_who_sees_all_of_the_reward_reaches_the_frontier(partial_fit, name):
     exact = optimal_policy(name, match_kl("optimal", name, 1.0)).win_rate
-    row = partial_fit.rates(name, 1.0, 1.0)
-    assert row["bound"] == pytest.approx(exact, abs=2e-4)
-    assert row["optimal"] == pytest.approx(exact, abs=2e-4)
-    for method in ("dpo", "qrpo_log", "rebel", "identity"):
-        assert row[method] < exact - 0.005
+    view = partial_fit.PartialView(1.0, parse_procedure(name))
+    assert view.bound(1.0) == pytest.approx(exact, abs=2e-4)
+    everything = tuple(range(1, partial_fit.DRAWS + 1))
+    assert exact - 0.003 < view.best(partial_fit.population_fits("optimal", view, everything), 1.0)
+
+
+@pytest.mark.parametrize(("name", "kl"), [("best_of_4", 2.0), ("worst_of_4", 2.0)])
+def test_the_bound_does_not_depend_on_where_the_search_starts(partial_fit, name, kl):
+    view = partial_fit.PartialView(0.5, parse_procedure(name))
+    starts = [partial_fit.GRID, np.abs(partial_fit.GRID), np.sin(3 * partial_fit.GRID)]
+    found = [view.bound(kl, start) for start in starts]
+    assert max(found) - min(found) < 1e-5
+    assert found[0] > view.best(partial_fit.population_fits("rebel", view), kl)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.7])
@@ -47,6 +56,51 @@ def test_raw_differences_shift_a_normal_reward(partial_fit, share):
 
     exact = integrate.quad(density, -10, 12)[0]
     view = partial_fit.PartialView(share, parse_procedure("best_of_4"))
-    found = view.best(partial_fit.population_fits("rebel", view), kl)
+    everything = tuple(range(1, partial_fit.DRAWS + 1))
+    found = view.best(partial_fit.population_fits("rebel", view, everything), kl)
     assert found == pytest.approx(exact, abs=1e-4)
     assert found < view.bound(kl) < 1
+
+
+def drawn_extremes(share: float, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw features and rewards of the two worst and two best of 16, ordered by reward."""
+    rng = np.random.default_rng(0)
+    s = rng.normal(size=(prompts, 16))
+    z = np.sqrt(share) * s + np.sqrt(1 - share) * rng.normal(size=s.shape)
+    order = z.argsort(axis=1)[:, [0, 1, 14, 15]]
+    return np.take_along_axis(s, order, axis=1), np.take_along_axis(z, order, axis=1)
+
+
+def test_a_fit_to_extremes_is_that_of_drawn_groups(partial_fit):
+    """The centred regression on polynomials of s, on 100,000 groups, against the joint laws."""
+    s, z = drawn_extremes(0.4, 100_000)
+    powers = np.stack([s**k for k in range(1, 8)], axis=-1)
+    powers -= powers.mean(axis=1, keepdims=True)
+    errors = z - z.mean(axis=1, keepdims=True)
+    weights = np.linalg.lstsq(powers.reshape(-1, 7), errors.ravel(), rcond=None)[0]
+    view = partial_fit.PartialView(0.4, parse_procedure("worst_of_4"))
+    (fit,) = partial_fit.population_fits("rebel", view)
+    inside = np.abs(partial_fit.GRID) < 2.5
+    drawn = sum(w * partial_fit.GRID[inside] ** k for k, w in enumerate(weights, 1))
+    gap = (fit[inside] - fit[inside].mean()) - (drawn - drawn.mean())
+    assert np.abs(gap).max() < 0.05 * np.ptp(drawn)
+
+
+def test_dpo_tends_to_the_odds_of_drawn_pairs(partial_fit):
+    """Logistic regression of best against worst on polynomials of s, by scipy, on drawn groups."""
+    s, _ = drawn_extremes(0.4, 50_000)
+    differences = np.stack([s[:, 3] ** k - s[:, 0] ** k for k in range(1, 6)], axis=-1)
+    scale = differences.std(axis=0)
+
+    def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
+        margin = differences / scale @ w
+        slope = -special.expit(-margin)
+        return np.logaddexp(0, -margin).mean(), (differences / scale).T @ slope / len(margin)
+
+    weights = optimize.minimize(loss, np.zeros(5), jac=True, method="BFGS").x / scale
+    view = partial_fit.PartialView(0.4, parse_procedure("worst_of_4"))
+    (fit,) = partial_fit.population_fits("dpo", view)
+    inside = np.abs(partial_fit.GRID) < 2.5
+    drawn = sum(w * partial_fit.GRID[inside] ** k for k, w in enumerate(weights, 1))
+    gap = (fit[inside] - fit[inside].mean()) - (drawn - drawn.mean())
+    assert np.abs(gap).max() < 0.05 * np.ptp(drawn)
