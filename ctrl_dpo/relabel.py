@@ -87,7 +87,9 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         Procedure on the reference policy's side; by default the same.
     extremes : int, optional
         Keep only so many of the best and of the worst responses of each group, ranked among all of
-        its draws: they tell a trainer most for their tokens.
+        its draws: they tell a trainer most for their tokens. A regression on the ends alone fits a
+        curve that is bent there: next to nothing for worst-of-N, but with much data one or two
+        points of win rate for best-of-N (``benchmarks/partial_fit.py``), which all draws have.
     **map_options
         For ``datasets.map``, such as ``num_proc=4`` or ``batch_size=1000``.
 
