@@ -140,11 +140,9 @@ def labelled(procedure: str, k: int = 64, groups: int = 192, seed: int = 0) -> D
 
 def exact_share(folder, loss: str, anchor: float, procedure: str) -> float:
     """Fit every response's exact label; share of the possible gain over the reference."""
-    settings = {"loss": loss, "anchor": anchor, "learning_rate": RATES[loss]}
-    settings["max_tokens_per_pass"] = 2000  # all prompts in one pass
     # what softmax still has to learn are responses of vanishing probability
-    slow = 1000 if procedure == "worst_of_4" else 450
-    steps = slow if loss == "softmax" else 250
+    steps = 1000 if loss == "softmax" else 450
+    settings = {"loss": loss, "anchor": anchor, "learning_rate": RATES[loss]}
     return shares(fit(folder, exact_groups(procedure), steps, **settings), procedure)[1]
 
 
