@@ -21,17 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 from recording import append_rows
 from scipy import optimize, special, stats
+from statistical_efficiency import DRAWS, targets_by_rank
 
 from ctrl_dpo.measures.tables import table
-from ctrl_dpo.theory.finite_sample import posterior_means
-from ctrl_dpo.theory.procedures import Procedure, parse_procedure
-from ctrl_dpo.theory.rank_targets import match_rank_kl, rank_targets
-from ctrl_dpo.transform import parse_transformation
+from ctrl_dpo.theory.procedures import OrderStatistic, Procedure, parse_procedure
 
 FloatArray = NDArray[np.float64]
-Targets = dict[int, FloatArray]  # by rank from below, one number a cell of the reward
+Targets = dict[int, FloatArray | float]  # by rank from below, as functions of the reward
 
-KL, DRAWS = 1.0, 16
+KL = 1.0
+EVERYTHING = tuple(range(1, DRAWS + 1))
 EXTREMES = (1, 2, 15, 16)  # ranks, from below, of the draws that are kept
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 2.0)  # nats the optimum's targets are made for
 GRID = np.linspace(-7, 7, 701)
@@ -56,10 +55,10 @@ class PartialView:
             centre = np.sqrt(share) * GRID[None, :]
             self.below = stats.norm.cdf((edges[:, None] - centre) / np.sqrt(1 - share))
         # P(reward in cell | s), cells down, s across
-        self.rewards = np.diff(self.below, axis=0, prepend=0.0, append=1.0)
+        rewards = np.diff(self.below, axis=0, prepend=0.0, append=1.0)
         self.cdf = self._edges(self.q)
         own = np.maximum(np.diff(self.cdf), np.finfo(float).tiny)
-        self.features = self.rewards * self.q / own[:, None]  # P(s | reward in cell)
+        self.features = rewards * self.q / own[:, None]  # P(s | reward in cell)
         self.served = procedure.distortion(self.cdf)
 
     def _edges(self, p: FloatArray) -> FloatArray:
@@ -111,7 +110,7 @@ class PartialView:
 
 def order_statistic(view: PartialView, rank: int) -> FloatArray:
     """Return the law of a rank's reward among the draws, on the cells."""
-    return np.diff(special.bdtrc(rank - 1, DRAWS, view.cdf))
+    return np.diff(OrderStatistic(DRAWS - rank + 1, DRAWS).distortion(view.cdf))
 
 
 def joint(view: PartialView, low: int, high: int) -> FloatArray:
@@ -125,38 +124,33 @@ def joint(view: PartialView, low: int, high: int) -> FloatArray:
 
 @functools.cache
 def targets(method: str, procedure: Procedure) -> list[Targets]:
-    """Return by rank the targets of a method as functions of the reward, one set a budget."""
-    ranks, flat = range(1, DRAWS + 1), np.ones(len(GRID))
+    """Return the targets of a method, one set a budget."""
     if method == "rebel":
-        return [dict.fromkeys(ranks, GRID)]
-    if method == "qrpo_log":
-        values = [posterior_means(parse_transformation("log"), DRAWS)]
-    else:
-        name = str(procedure)
-        betas = [match_rank_kl(name, DRAWS, budget) for budget in BUDGETS]
-        values = [rank_targets(name, DRAWS, beta).values for beta in betas]
-    return [{rank: v[rank - 1] * flat for rank in ranks} for v in values]
+        return [dict.fromkeys(EVERYTHING, GRID)]
+    # the budget only scales the logarithm
+    name, budgets = ("log", (KL,)) if method == "qrpo_log" else (method, BUDGETS)
+    found = [targets_by_rank(name, str(procedure), budget) for budget in budgets]
+    return [dict(zip(EVERYTHING, values, strict=True)) for values in found]
 
 
-def pointwise(view: PartialView, wanted: Targets, kept: tuple[int, ...]) -> FloatArray:
+def pointwise(view: PartialView, wanted: list[Targets], kept: tuple[int, ...]) -> list[FloatArray]:
     """Return E[target | s] over the kept draws."""
     laws = {rank: order_statistic(view, rank) for rank in kept}
-    mass = sum(laws.values()) @ view.features
-    return sum(laws[rank] * wanted[rank] for rank in kept) @ view.features / (mass + _RIDGE)
+    mass = sum(laws.values()) @ view.features + _RIDGE
+    return [sum(laws[r] * each[r] for r in kept) @ view.features / mass for each in wanted]
 
 
 def centred(view: PartialView, wanted: list[Targets], kept: tuple[int, ...]) -> list[FloatArray]:
     """Return the minimisers of the squared error within groups of the kept draws."""
-    if len(kept) == DRAWS:  # draws do not depend on one another: every response alone
-        return [pointwise(view, each, kept) for each in wanted]
     others = np.zeros((len(GRID), len(GRID)))  # joint law of s of two of the kept, either order
     right = np.zeros((len(wanted), len(GRID)))
+    flat = np.ones(len(GRID))
     for low, high in itertools.combinations(kept, 2):
         law = joint(view, low, high)
         seen = view.features.T @ law @ view.features
         others += seen + seen.T
         for this, mine, that in ((law, low, high), (law.T, high, low)):
-            pulls = [this.sum(axis=1) * each[mine] - this @ each[that] for each in wanted]
+            pulls = [this.sum(axis=1) * each[mine] - this @ (each[that] * flat) for each in wanted]
             right += np.array(pulls) @ view.features
     system = np.diag(others.sum(axis=1) + _RIDGE) - others
     return list(np.linalg.lstsq(system, right.T, rcond=None)[0].T)
@@ -188,10 +182,9 @@ def population_fits(
     """Return the log-ratios a method's fit tends to, up to a scale: one for each of its budgets."""
     if method == "dpo":
         return [bradley_terry(view)]
-    wanted = targets(method, view.procedure)
-    if method == "qrpo_log":
-        return [pointwise(view, each, kept) for each in wanted]
-    return centred(view, wanted, kept)
+    # all draws do not depend on one another: there too the fit is that of every response alone
+    alone = method == "qrpo_log" or kept == EVERYTHING
+    return (pointwise if alone else centred)(view, targets(method, view.procedure), kept)
 
 
 def rates(name: str, share: float, kept: tuple[int, ...]) -> dict[str, object]:
@@ -210,8 +203,7 @@ def rates(name: str, share: float, kept: tuple[int, ...]) -> dict[str, object]:
 
 
 def main() -> None:
-    everything = tuple(range(1, DRAWS + 1))
-    grid = itertools.product(PROCEDURES, (everything, EXTREMES), SHARES)
+    grid = itertools.product(PROCEDURES, (EVERYTHING, EXTREMES), SHARES)
     rows = [rates(name, share, kept) for name, kept, share in grid]
     append_rows("partial_fit", rows)
     print(table(list(rows[0]), [[str(v) for v in row.values()] for row in rows]))

@@ -38,16 +38,16 @@ PROCEDURES = ("best_of_4", "worst_of_4")
 METHODS = ("optimal", "exponential", "identity", "normal_quantile", "log", "best_worst")
 
 
-def targets_by_rank(method: str, procedure: str) -> FloatArray:
+def targets_by_rank(method: str, procedure: str, budget: float = BUDGET) -> FloatArray:
     """Return the target log-ratio of each rank; only differences matter."""
     if method == "best_worst":
         return np.eye(DRAWS)[-1] - np.eye(DRAWS)[0]
     if method == "optimal":
-        return rank_targets(procedure, DRAWS, match_rank_kl(procedure, DRAWS, BUDGET)).values
+        return rank_targets(procedure, DRAWS, match_rank_kl(procedure, DRAWS, budget)).values
     rate = 10 if procedure.startswith("best") else -10
     name = f"exponential:{rate}" if method == "exponential" else method
     transformation = parse_transformation(name)
-    beta = match_kl(transformation, procedure, BUDGET)
+    beta = match_kl(transformation, procedure, budget)
     ranks, alone = np.arange(DRAWS), np.ones(DRAWS, dtype=np.int64)
     return transformed_rewards(transformation, ranks, alone, DRAWS, True, "posterior") / beta
 

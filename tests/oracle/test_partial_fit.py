@@ -31,8 +31,8 @@ def test_who_sees_all_of_the_reward_reaches_the_frontier(partial_fit, name):
     exact = optimal_policy(name, match_kl("optimal", name, 1.0)).win_rate
     view = partial_fit.PartialView(1.0, parse_procedure(name))
     assert view.bound(1.0) == pytest.approx(exact, abs=2e-4)
-    everything = tuple(range(1, partial_fit.DRAWS + 1))
-    assert exact - 0.003 < view.best(partial_fit.population_fits("optimal", view, everything), 1.0)
+    fits = partial_fit.population_fits("optimal", view, partial_fit.EVERYTHING)
+    assert exact - 0.003 < view.best(fits, 1.0)
 
 
 @pytest.mark.parametrize(("name", "kl"), [("best_of_4", 2.0), ("worst_of_4", 2.0)])
@@ -56,8 +56,8 @@ def test_raw_differences_shift_a_normal_reward(partial_fit, share):
 
     exact = integrate.quad(density, -10, 12)[0]
     view = partial_fit.PartialView(share, parse_procedure("best_of_4"))
-    everything = tuple(range(1, partial_fit.DRAWS + 1))
-    found = view.best(partial_fit.population_fits("rebel", view, everything), kl)
+    fits = partial_fit.population_fits("rebel", view, partial_fit.EVERYTHING)
+    found = view.best(fits, kl)
     assert found == pytest.approx(exact, abs=1e-4)
     assert found < view.bound(kl) < 1
 
@@ -71,6 +71,16 @@ def drawn_extremes(share: float, prompts: int) -> tuple[np.ndarray, np.ndarray]:
     return np.take_along_axis(s, order, axis=1), np.take_along_axis(z, order, axis=1)
 
 
+def assert_fit(partial_fit, method: str, weights: np.ndarray) -> None:
+    """Compare a method's fit to extremes with a polynomial of s, up to a constant."""
+    view = partial_fit.PartialView(0.4, parse_procedure("worst_of_4"))
+    (fit,) = partial_fit.population_fits(method, view)
+    inside = np.abs(partial_fit.GRID) < 2.5
+    drawn = sum(w * partial_fit.GRID[inside] ** k for k, w in enumerate(weights, 1))
+    gap = (fit[inside] - fit[inside].mean()) - (drawn - drawn.mean())
+    assert np.abs(gap).max() < 0.05 * np.ptp(drawn)
+
+
 def test_a_fit_to_extremes_is_that_of_drawn_groups(partial_fit):
     """The centred regression on polynomials of s, on 100,000 groups, against the joint laws."""
     s, z = drawn_extremes(0.4, 100_000)
@@ -78,12 +88,7 @@ def test_a_fit_to_extremes_is_that_of_drawn_groups(partial_fit):
     powers -= powers.mean(axis=1, keepdims=True)
     errors = z - z.mean(axis=1, keepdims=True)
     weights = np.linalg.lstsq(powers.reshape(-1, 7), errors.ravel(), rcond=None)[0]
-    view = partial_fit.PartialView(0.4, parse_procedure("worst_of_4"))
-    (fit,) = partial_fit.population_fits("rebel", view)
-    inside = np.abs(partial_fit.GRID) < 2.5
-    drawn = sum(w * partial_fit.GRID[inside] ** k for k, w in enumerate(weights, 1))
-    gap = (fit[inside] - fit[inside].mean()) - (drawn - drawn.mean())
-    assert np.abs(gap).max() < 0.05 * np.ptp(drawn)
+    assert_fit(partial_fit, "rebel", weights)
 
 
 def test_dpo_tends_to_the_odds_of_drawn_pairs(partial_fit):
@@ -98,9 +103,4 @@ def test_dpo_tends_to_the_odds_of_drawn_pairs(partial_fit):
         return np.logaddexp(0, -margin).mean(), (differences / scale).T @ slope / len(margin)
 
     weights = optimize.minimize(loss, np.zeros(5), jac=True, method="BFGS").x / scale
-    view = partial_fit.PartialView(0.4, parse_procedure("worst_of_4"))
-    (fit,) = partial_fit.population_fits("dpo", view)
-    inside = np.abs(partial_fit.GRID) < 2.5
-    drawn = sum(w * partial_fit.GRID[inside] ** k for k, w in enumerate(weights, 1))
-    gap = (fit[inside] - fit[inside].mean()) - (drawn - drawn.mean())
-    assert np.abs(gap).max() < 0.05 * np.ptp(drawn)
+    assert_fit(partial_fit, "dpo", weights)
