@@ -72,8 +72,8 @@ def _forms(base: Any, tuner: Any) -> list[str]:
 
 def _float32_precision() -> list[str]:
     """Read PyTorch's older setting and the newer ones, which forbid reading the older if used."""
-    kinds = [torch.backends, torch.backends.cuda.matmul]
-    kinds.append(getattr(torch.backends.mkldnn, "matmul", None))
+    onednn = getattr(torch.backends.mkldnn, "matmul", None)
+    kinds = (torch.backends, torch.backends.cuda.matmul, onednn)
     newer = [getattr(kind, "fp32_precision", "") for kind in kinds]
     try:
         return [torch.get_float32_matmul_precision(), *newer]

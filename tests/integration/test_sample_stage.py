@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from plain import plain_logps
 from tiny import tiny_llama, tiny_tokenizer
 
 from ctrl_dpo import sample as sample_module
@@ -135,41 +136,31 @@ def test_log_ratios_need_a_reference_policy():
         run(log_ratios=True)
 
 
-def adapted():
+def adapted(**settings):
     torch.manual_seed(3)
-    lora = LoraConfig(
-        r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
-    )
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
     return get_peft_model(tiny_llama(), lora)
 
 
-def plain_logps(model, row) -> list[float]:
-    """Log-probability of each response, one plain forward pass each."""
-    start, found = prompt_tokens(tiny_tokenizer(), row["prompt"]), []
-    for response in row["response_ids"]:
-        with torch.no_grad():
-            logits = model(torch.tensor([[*start, *response]])).logits[0, len(start) - 1 : -1]
-        chosen = torch.tensor(response)[:, None]
-        found.append(float(logits.double().log_softmax(-1).gather(1, chosen).sum()))
-    return found
+def plain(model, row) -> list[float]:
+    prompt = prompt_tokens(tiny_tokenizer(), row["prompt"])
+    group = {"prompt_ids": prompt, "response_ids": row["response_ids"]}
+    return plain_logps(model, [group]).tolist()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_ratios_are_of_policy_and_reference_not_of_the_sampler(temperature):
     sampler = Sampler(draws=3, max_new_tokens=6, temperature=temperature, seed=4)
-    model, tokenizer = adapted(), tiny_tokenizer()
+    model, tokenizer = adapted(init_lora_weights=False), tiny_tokenizer()
     rows = sample(prompts(), model, sampler, tokenizer=tokenizer, log_ratios=True)
-    again = adapted()
+    again = adapted(init_lora_weights=False)
     for row in rows:
-        assert row["policy_logps"] == pytest.approx(plain_logps(again, row), abs=1e-4)
+        assert row["policy_logps"] == pytest.approx(plain(again, row), abs=1e-4)
         with again.disable_adapter():
-            expected = plain_logps(again, row)
+            expected = plain(again, row)
         assert row["reference_logps"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_an_adapter_that_does_nothing_has_log_ratios_of_zero():
-    model = get_peft_model(
-        tiny_llama(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    rows = sample(prompts(), model, SAMPLER, tokenizer=tiny_tokenizer(), log_ratios=True)
+    rows = sample(prompts(), adapted(), SAMPLER, tokenizer=tiny_tokenizer(), log_ratios=True)
     assert rows["policy_logps"] == rows["reference_logps"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from plain import plain_logps
 
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.logprobs import response_logps
@@ -68,18 +69,6 @@ def make(name: str, dtype: torch.dtype, **options):
     return model
 
 
-def plain(model) -> torch.Tensor:
-    """One forward pass a response, the model's own mask, positions and logits."""
-    found = []
-    for group in GROUPS:
-        for response in group["response_ids"]:
-            ids = torch.tensor([group["prompt_ids"] + response])
-            logps = torch.log_softmax(model(ids, use_cache=False).logits[0].double(), dim=-1)
-            start = len(group["prompt_ids"])
-            found.append(sum(logps[t - 1, ids[0, t]] for t in range(start, ids.shape[1])))
-    return torch.stack(found)
-
-
 def gradients(model, logps) -> dict[str, torch.Tensor]:
     (logps * WEIGHTS).sum().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -91,11 +80,11 @@ def test_values_in_float32_and_gradients(name, share_prompt):
     batch = collate(GROUPS, share_prompt)
     model = make(name, torch.float32)
     with torch.no_grad():
-        wanted = plain(model)
+        wanted = plain_logps(model, GROUPS)
         assert wanted.std() > 0.1
         assert response_logps(model, batch) == pytest.approx(wanted.float(), abs=1e-4)
     model, other = make(name, torch.float64), make(name, torch.float64)
-    wanted = gradients(other, plain(other))
+    wanted = gradients(other, plain_logps(other, GROUPS))
     found = gradients(model, response_logps(model, batch))
     assert found.keys() == wanted.keys()
     largest = max(g.abs().max() for g in wanted.values())
@@ -114,7 +103,7 @@ def test_values_by_blocks_of_flex_attention(name):
     model = make(name, torch.float32, attn_implementation="flex_attention")
     batch = collate(GROUPS)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        wanted = plain(make(name, torch.float32)).float()
+        wanted = plain_logps(make(name, torch.float32), GROUPS).float()
         assert response_logps(model, batch) == pytest.approx(wanted, abs=1e-4)
         assert can_share_prompt(model, GROUPS)
 
@@ -148,7 +137,7 @@ def test_gradients_below_a_frozen_head(name):
     model, other = make(name, torch.float64), make(name, torch.float64)
     for frozen in (model, other):
         frozen.get_output_embeddings().requires_grad_(False)
-    wanted = gradients(other, plain(other))
+    wanted = gradients(other, plain_logps(other, GROUPS))
     found = gradients(model, response_logps(model, collate(GROUPS)))
     assert found.keys() == wanted.keys()
     assert not any("lm_head" in parameter for parameter in found)
@@ -188,7 +177,7 @@ def test_what_cannot_share_a_prompt_says_so_and_is_right_without(name, dtype, ca
     assert "share_prompt: set to False" in caplog.text
     model = make_stateful(name)
     with torch.no_grad():
-        wanted = plain(model).float()
+        wanted = plain_logps(model, GROUPS).float()
         found = response_logps(model, collate(GROUPS, share_prompt=False))
     assert found == pytest.approx(wanted, abs=1e-4)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from plain import plain_logps
 from tiny import tiny_llama
 
 from ctrl_dpo.engine.batches import collate
@@ -17,24 +18,11 @@ GROUPS = [
 ]
 
 
-def plain(model, groups) -> list[torch.Tensor]:
-    """One forward pass a response, no mask, no padding: log-softmax and a sum."""
-    found = []
-    for group in groups:
-        for response in group["response_ids"]:
-            ids = torch.tensor([group["prompt_ids"] + response])
-            logps = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1)
-            start = len(group["prompt_ids"]) - 1
-            steps = logps[start:].gather(1, ids[0, start + 1 :, None])
-            found.append(steps.sum())
-    return found
-
-
 @pytest.mark.parametrize("share_prompt", [True, False])
 def test_values_are_those_of_plain_forward_passes(share_prompt):
     model = tiny_llama()
     found = response_logps(model, collate(GROUPS, share_prompt))
-    wanted = torch.stack(plain(model, GROUPS)).float()
+    wanted = plain_logps(model, GROUPS).float()
     assert found.dtype == torch.float32
     assert found.detach() == pytest.approx(wanted.detach(), abs=2e-5)
 
@@ -44,7 +32,7 @@ def test_gradients_are_those_of_plain_forward_passes(share_prompt):
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 0.25])
     model, other = tiny_llama(dtype=torch.float64), tiny_llama(dtype=torch.float64)
     (response_logps(model, collate(GROUPS, share_prompt)) * weights).sum().backward()
-    (torch.stack(plain(other, GROUPS)) * weights).sum().backward()
+    (plain_logps(other, GROUPS) * weights).sum().backward()
     for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         scale = theirs.grad.abs().max()
         # the head's own log-softmax is float32 by design
@@ -103,6 +91,6 @@ def test_long_responses_to_a_short_prompt_have_rows_of_their_own():
     group = {"prompt_ids": [5] * 4, "response_ids": [[7] * 100, [8] * 90]}
     model, batch = tiny_llama(), collate([group])
     assert batch["owners"].bincount().tolist() == [100, 90]
-    wanted = torch.stack(plain(model, [group])).float().detach()
+    wanted = plain_logps(model, [group]).float().detach()
     # 100 tokens of float32
     assert response_logps(model, batch).detach() == pytest.approx(wanted, abs=1e-3)
