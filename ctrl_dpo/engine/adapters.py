@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ctrl_dpo.engine.int8 import RowScaled, row_scaled
+
 
 class _AddLowRank(torch.autograd.Function):
-    r"""Add a low-rank term to a layer's output in place: :math:`y + s \, (x A^T) B^T`.
+    r"""Add a low-rank term in place to the output of any layer: :math:`y + s \, (x A^T) B^T`.
 
     Saved are the input, which the neighbouring layers share, and the ``(n, r)`` product: neither a
     copy of the input in the adapter's type nor a second output.
@@ -42,6 +44,56 @@ class _AddLowRank(torch.autograd.Function):
         return grad, grad_x, scaled.t() @ rows, (outer.t() @ inner).mul_(ctx.scale), None
 
 
+class _LinearWithLowRank(torch.autograd.Function):
+    r"""A frozen layer and its low-rank term, rounded once: :math:`σ ⊙ (x W^T + x A^T (s B / σ)^T)`.
+
+    The product with W is added to the low-rank term inside the accumulator, not the other way
+    round: an output that is rounded already lies on the grid of its type, and adding less than
+    half of the grid's step to it gives back the same number (benchmarks/LOG.md).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        base: RowScaled,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        down, up = a.to(x.dtype), b.to(x.dtype)
+        rows = x.flatten(0, -2)
+        inner = rows @ down.t()
+        shares = b * scale if base.scale is None else b * (scale / base.scale).unsqueeze(1)
+        y = inner @ shares.to(x.dtype).t()
+        if base.scale is None and base.bias is not None:
+            y += base.bias
+        y.addmm_(rows, base.weight.to(x.dtype).t())
+        if base.scale is not None:
+            y.mul_(base.scale)
+            if base.bias is not None:
+                y += base.bias
+        ctx.save_for_backward(rows, inner, down, up, base.weight, base.scale)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, inner, down, up, weight, row_scale = ctx.saved_tensors
+        outer = grad.flatten(0, -2)
+        scaled = (outer @ up).mul_(ctx.scale)
+        grad_a, grad_b = scaled.t() @ rows, (outer.t() @ inner).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            if row_scale is not None:
+                outer = outer.mul(row_scale).to(outer.dtype)
+            grad_x = (scaled @ down).addmm_(outer, weight.to(outer.dtype))
+            grad_x = grad_x.view(*grad.shape[:-1], rows.shape[-1])
+        # autograd casts the gradients of the adapter to its own type, where they add up
+        return grad_x, None, grad_a, grad_b, None
+
+
 def speed_up_adapters(model: torch.nn.Module) -> int:
     r"""Let the LoRA layers of a model compute in the type of its activations, without copies.
 
@@ -50,7 +102,9 @@ def speed_up_adapters(model: torch.nn.Module) -> int:
     .. math:: y = W x + s \, B (A x)
 
     is computed in the type of ``x``, with A and B cast for the call; their gradients are added up
-    in float32, where the optimiser works. With a base in float32 nothing is rounded differently.
+    in float32, where the optimiser works. For a float layer, and one in int8 on a CPU, the sum is
+    rounded once: added to an output that is rounded to bfloat16, as PEFT does it, an addition below
+    a 256th of it is lost, and with it a half of what a young adapter does.
 
     Parameters
     ----------
@@ -94,6 +148,10 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
         result: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
     a, b = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
+    base = row_scaled(layer.get_base_layer(), x.dtype)
+    if base is not None:
+        y: torch.Tensor = _LinearWithLowRank.apply(x, base, a, b, layer.scaling[active[0]])  # type: ignore[no-untyped-call]
+        return y
     y = layer.base_layer(x)
     added: torch.Tensor = _AddLowRank.apply(y, x, a, b, layer.scaling[active[0]])  # type: ignore[no-untyped-call]
     return added

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -17,6 +17,47 @@ def linear_8bit_modules(model: torch.nn.Module) -> list[Any]:
     import bitsandbytes as bnb
 
     return [m for m in model.modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+
+
+class RowScaled(NamedTuple):
+    """Weights (out, in) of a linear layer, the scale (out,) of its outputs if any, and its bias."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def row_scaled(layer: Any, dtype: torch.dtype) -> RowScaled | None:
+    """Return what a linear layer multiplies by, or None where only the layer itself can tell.
+
+    Parameters
+    ----------
+    layer : torch.nn.Module
+        Float layer; or int8 layer on a CPU after :func:`fix_8bit_forward`, or its form for drawing.
+    dtype : torch.dtype
+        Type of its inputs.
+
+    Returns
+    -------
+    RowScaled or None
+        None for other kinds of layers, weights of another type, weights that are elsewhere until
+        the layer is called (sharded, offloaded), and int8 in float16, whose sums overflow.
+    """
+    if layer._forward_pre_hooks or layer._forward_hooks or hasattr(layer, "_hf_hook"):
+        return None
+    if type(layer) is torch.nn.Linear:
+        weight = layer.weight
+        here = weight.dtype == dtype and type(weight) is torch.nn.Parameter
+        whole = weight.shape == (layer.out_features, layer.in_features)
+        return RowScaled(weight, None, layer.bias) if here and whole else None
+    if dtype is torch.float16:
+        return None
+    if isinstance(layer, ScaledLinear):
+        return RowScaled(layer.weight, _row_scale(layer.absmax), layer.bias)
+    if getattr(layer.forward, "func", None) is not _forward:
+        return None
+    _prepare(layer)
+    return RowScaled(layer.weight.data, _row_scale(layer.state.SCB), layer.bias)
 
 
 def fix_8bit_forward(model: torch.nn.Module) -> None:
@@ -54,9 +95,18 @@ def _set_training(module: torch.nn.Module, args: object) -> None:
     module.training = True
 
 
-def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _prepare(module: Any) -> None:
     if module.weight.CB is not None:
         module.init_8bit_state()
+
+
+def _row_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """Return the outputs' scales; a row of zeros has one to divide by too."""
+    return absmax.mul(1.0 / 127.0).clamp_(min=1e-30)
+
+
+def _forward(module: Any, x: torch.Tensor) -> torch.Tensor:
+    _prepare(module)
     return _scaled(x, module.weight.data, module.state.SCB, module.bias)
 
 
@@ -66,8 +116,7 @@ def _scaled(
     """Multiply by integers of any type and scale the outputs."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    scale = absmax.mul(1.0 / 127.0)
-    y: torch.Tensor = _ScaledProduct.apply(x, integers, scale)  # type: ignore[no-untyped-call]
+    y: torch.Tensor = _ScaledProduct.apply(x, integers, _row_scale(absmax))  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
 from ctrl_dpo.engine.adapters import speed_up_adapters
+from ctrl_dpo.engine.int8 import fix_8bit_forward
 from ctrl_dpo.engine.models import load_model
 
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 46], [3, 50, 51, 52, 53, 54, 55, 56]])
@@ -68,6 +70,53 @@ def test_an_adapter_at_zero_is_the_base_model_bit_by_bit(dtype):
         on = model(IDS).logits
         with model.disable_adapter():
             assert torch.equal(on, model(IDS).logits)
+
+
+def lone_layer(kind: str) -> torch.nn.Module:
+    """A layer of 256 inputs and 64 outputs with a small adapter, its first row of weights zero."""
+    torch.manual_seed(1)
+    layer = torch.nn.Linear(256, 64, bias=kind == "biased")
+    with torch.no_grad():
+        layer.weight[0] = 0
+    if kind == "int8":
+        made = bnb.nn.Linear8bitLt(256, 64, bias=False, has_fp16_weights=False)
+        made.load_state_dict(layer.state_dict())
+        layer = made.to("cpu")
+    holder = torch.nn.Sequential(layer)
+    holder.is_loaded_in_8bit = kind == "int8"
+    fix_8bit_forward(holder)
+    model = get_peft_model(holder, LoraConfig(r=4, target_modules=["0"]))
+    assert speed_up_adapters(model) == 1
+    found = model.base_model.model[0]
+    with torch.no_grad():
+        found.lora_B["default"].weight.normal_(0, 2e-4)  # a thousandth of the outputs
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["float", "biased", "int8"])
+def test_additions_below_the_rounding_of_bfloat16_are_not_lost(kind):
+    layer = lone_layer(kind)
+    x = torch.randn(2000, 256).bfloat16()
+    a, b = (getattr(layer, n)["default"].weight.double() for n in ("lora_A", "lora_B"))
+    wanted = layer.scaling["default"] * x.double() @ a.t() @ b.t()
+    if kind != "int8":
+        layer.base_layer.bfloat16()
+    on, off = layer(x).double(), layer.base_layer(x).double()
+    if kind != "biased":
+        assert torch.allclose(on[:, 0], wanted[:, 0], rtol=2**-5, atol=1e-5)
+    found, wanted = (on - off)[:, 1:], wanted[:, 1:]  # of rows of weights that are not zero
+    assert wanted.abs().mean() < 2**-8 * off[:, 1:].abs().mean()
+    assert (found * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.05)
+
+
+def test_a_base_layer_with_hooks_is_called():
+    layer, seen = lone_layer("float"), []
+    x = torch.randn(5, 256)
+    before = layer(x)
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert layer(x).detach() == pytest.approx(before.detach(), abs=1e-6)
+    assert len(seen) == 1
 
 
 def test_no_copy_of_an_input_is_kept_for_the_backward_pass():
