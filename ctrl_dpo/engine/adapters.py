@@ -45,51 +45,47 @@ class _AddLowRank(torch.autograd.Function):
 
 
 class _LinearWithLowRank(torch.autograd.Function):
-    r"""A frozen layer and its low-rank term, rounded once: :math:`σ ⊙ (x W^T + x A^T (s B / σ)^T)`.
+    r"""A frozen layer and its low-rank term: :math:`σ ⊙ (x W^T + x A^T (s B / σ)^T) + b`.
 
-    The product with W is added to the low-rank term inside the accumulator, not the other way
-    round: an output that is rounded already lies on the grid of its type, and adding less than
-    half of the grid's step to it gives back the same number (benchmarks/LOG.md).
+    The product with W is accumulated on top of the low-rank term, not the other way round: an
+    output that is rounded already lies on the grid of its type, and adding less than half of the
+    grid's step to it gives back the same number (benchmarks/LOG.md).
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        base: RowScaled,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scale: float,
+        ctx: Any, x: torch.Tensor, base: RowScaled, a: torch.Tensor, b: torch.Tensor, scale: float
     ) -> torch.Tensor:
         down, up = a.to(x.dtype), b.to(x.dtype)
+        inner = x @ down.t()
         rows = x.flatten(0, -2)
-        inner = rows @ down.t()
-        shares = b * scale if base.scale is None else b * (scale / base.scale).unsqueeze(1)
-        y = inner @ shares.to(x.dtype).t()
+        shares = up * scale if base.scale is None else up * (scale / base.scale).unsqueeze(1)
+        y = torch.nn.functional.linear(inner, shares.to(x.dtype))
         if base.scale is None and base.bias is not None:
             y += base.bias
-        y.addmm_(rows, base.weight.to(x.dtype).t())
+        y.view(-1, y.shape[-1]).addmm_(rows, base.weight.to(x.dtype).t())
         if base.scale is not None:
             y.mul_(base.scale)
             if base.bias is not None:
-                y += base.bias
-        ctx.save_for_backward(rows, inner, down, up, base.weight, base.scale)
+                y += base.bias.to(y.dtype)
+        ctx.save_for_backward(rows, inner.flatten(0, -2), down, up, base.weight, base.scale)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inner, down, up, weight, row_scale = ctx.saved_tensors
         outer = grad.flatten(0, -2)
-        scaled = (outer @ up).mul_(ctx.scale)
-        grad_a, grad_b = scaled.t() @ rows, (outer.t() @ inner).mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            if row_scale is not None:
-                outer = outer.mul(row_scale).to(outer.dtype)
-            grad_x = (scaled @ down).addmm_(outer, weight.to(outer.dtype))
-            grad_x = grad_x.view(*grad.shape[:-1], rows.shape[-1])
+        with torch.autocast(grad.device.type, enabled=False):
+            scaled = (outer @ up).mul_(ctx.scale)
+            grad_a, grad_b = scaled.t() @ rows, (outer.t() @ inner).mul_(ctx.scale)
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                if row_scale is not None:
+                    outer = outer.mul(row_scale).to(outer.dtype)
+                grad_x = (scaled @ down).addmm_(outer, weight.to(outer.dtype))
+                grad_x = grad_x.view(*grad.shape[:-1], rows.shape[-1])
         # autograd casts the gradients of the adapter to its own type, where they add up
         return grad_x, None, grad_a, grad_b, None
 
@@ -102,9 +98,9 @@ def speed_up_adapters(model: torch.nn.Module) -> int:
     .. math:: y = W x + s \, B (A x)
 
     is computed in the type of ``x``, with A and B cast for the call; their gradients are added up
-    in float32, where the optimiser works. For a float layer, and one in int8 on a CPU, the sum is
-    rounded once: added to an output that is rounded to bfloat16, as PEFT does it, an addition below
-    a 256th of it is lost, and with it a half of what a young adapter does.
+    in float32, where the optimiser works. For a frozen float layer, and an int8 one on a CPU, the
+    sum is accumulated before it is rounded: of what is added to an output that is rounded to
+    bfloat16, as PEFT does it, less than a 512th of that output is lost.
 
     Parameters
     ----------
@@ -119,8 +115,8 @@ def speed_up_adapters(model: torch.nn.Module) -> int:
 
     Notes
     -----
-    With B = 0 the output is that of the base layer to the last bit: policy and reference are one
-    function before the first update.
+    With B = 0 the output is that of the base layer, on a CPU to the last bit (of a contiguous
+    input): policy and reference are one function before the first update.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -148,7 +144,7 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
         result: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
         return result
     a, b = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
-    base = row_scaled(layer.get_base_layer(), x.dtype)
+    base = row_scaled(layer.base_layer, x.dtype)
     if base is not None:
         y: torch.Tensor = _LinearWithLowRank.apply(x, base, a, b, layer.scaling[active[0]])  # type: ignore[no-untyped-call]
         return y

@@ -40,16 +40,20 @@ def row_scaled(layer: Any, dtype: torch.dtype) -> RowScaled | None:
     Returns
     -------
     RowScaled or None
-        None for other kinds of layers, weights of another type, weights that are elsewhere until
-        the layer is called (sharded, offloaded), and int8 in float16, whose sums overflow.
+        None for other kinds of layers, hooks, parameters that are trained, weights of another type
+        or elsewhere until the layer is called (sharded, offloaded), and int8 in float16, whose sums
+        overflow.
     """
-    if layer._forward_pre_hooks or layer._forward_hooks or hasattr(layer, "_hf_hook"):
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_hooks)
+    trained = any(p.requires_grad for p in layer.parameters(recurse=False))
+    if any(hooks) or layer._backward_pre_hooks or hasattr(layer, "_hf_hook") or trained:
         return None
     if type(layer) is torch.nn.Linear:
         weight = layer.weight
         here = weight.dtype == dtype and type(weight) is torch.nn.Parameter
         whole = weight.shape == (layer.out_features, layer.in_features)
-        return RowScaled(weight, None, layer.bias) if here and whole else None
+        own = here and whole and "forward" not in vars(layer)
+        return RowScaled(weight, None, layer.bias) if own else None
     if dtype is torch.float16:
         return None
     if isinstance(layer, ScaledLinear):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 
 from ctrl_dpo.engine.adapters import speed_up_adapters
-from ctrl_dpo.engine.int8 import fix_8bit_forward
+from ctrl_dpo.engine.int8 import ScaledLinear, fix_8bit_forward
 from ctrl_dpo.engine.models import load_model
 
 IDS = torch.tensor([[1, 40, 41, 42, 43, 44, 45, 46], [3, 50, 51, 52, 53, 54, 55, 56]])
@@ -72,20 +72,25 @@ def test_an_adapter_at_zero_is_the_base_model_bit_by_bit(dtype):
             assert torch.equal(on, model(IDS).logits)
 
 
-def lone_layer(kind: str) -> torch.nn.Module:
+KINDS = ["float", "float, biased", "int8", "int8, biased"]
+
+
+def lone_layer(kind: str, **settings) -> torch.nn.Module:
     """A layer of 256 inputs and 64 outputs with a small adapter, its first row of weights zero."""
     torch.manual_seed(1)
-    layer = torch.nn.Linear(256, 64, bias=kind == "biased")
+    bias = "biased" in kind
+    layer = torch.nn.Linear(256, 64, bias=bias)
     with torch.no_grad():
         layer.weight[0] = 0
-    if kind == "int8":
-        made = bnb.nn.Linear8bitLt(256, 64, bias=False, has_fp16_weights=False)
+    if "int8" in kind:
+        made = bnb.nn.Linear8bitLt(256, 64, bias=bias, has_fp16_weights=False)
         made.load_state_dict(layer.state_dict())
         layer = made.to("cpu")
     holder = torch.nn.Sequential(layer)
-    holder.is_loaded_in_8bit = kind == "int8"
+    holder.is_loaded_in_8bit = "int8" in kind
     fix_8bit_forward(holder)
-    model = get_peft_model(holder, LoraConfig(r=4, target_modules=["0"]))
+    # a scale that is no power of two is rounded
+    model = get_peft_model(holder, LoraConfig(r=4, lora_alpha=12, target_modules=["0"], **settings))
     assert speed_up_adapters(model) == 1
     found = model.base_model.model[0]
     with torch.no_grad():
@@ -94,20 +99,54 @@ def lone_layer(kind: str) -> torch.nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["float", "biased", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_additions_below_the_rounding_of_bfloat16_are_not_lost(kind):
     layer = lone_layer(kind)
     x = torch.randn(2000, 256).bfloat16()
     a, b = (getattr(layer, n)["default"].weight.double() for n in ("lora_A", "lora_B"))
     wanted = layer.scaling["default"] * x.double() @ a.t() @ b.t()
-    if kind != "int8":
+    if "int8" not in kind:
         layer.base_layer.bfloat16()
     on, off = layer(x).double(), layer.base_layer(x).double()
-    if kind != "biased":
+    if "biased" not in kind:
         assert torch.allclose(on[:, 0], wanted[:, 0], rtol=2**-5, atol=1e-5)
     found, wanted = (on - off)[:, 1:], wanted[:, 1:]  # of rows of weights that are not zero
     assert wanted.abs().mean() < 2**-8 * off[:, 1:].abs().mean()
     assert (found * wanted).sum() / wanted.square().sum() == pytest.approx(1, abs=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_drawn_layer_has_the_bits_of_the_trained_one(kind):
+    layer = lone_layer(kind)
+    layer.lora_B["default"].weight.mul_(100)
+    if "int8" not in kind:
+        layer.base_layer.bfloat16()
+    x = torch.randn(3, 40, 256).bfloat16()
+    trained, base = layer(x), layer.base_layer(x)
+    assert not torch.equal(trained, base)
+    if "int8" in kind:
+        layer.base_layer = ScaledLinear(layer.base_layer, torch.bfloat16)
+    for each in (layer.lora_A, layer.lora_B):
+        each.bfloat16()
+    assert torch.equal(layer(x), trained)
+    layer.lora_B["default"].weight.zero_()
+    assert torch.equal(layer(x), base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_may_be_empty_and_changed_in_place(kind):
+    layer = lone_layer(kind)
+    assert layer(torch.randn(2, 0, 256)).shape == (2, 0, 64)
+    layer(torch.randn(5, 256)).relu_().sum().backward()
+    assert layer.lora_B["default"].weight.grad.abs().max() > 0
+
+
+def test_a_bias_that_is_trained_gets_its_gradient():
+    layer = lone_layer("float, biased")
+    layer.base_layer.bias.requires_grad_()
+    layer(torch.randn(5, 256)).sum().backward()
+    assert layer.base_layer.bias.grad == pytest.approx(5)
 
 
 def test_a_base_layer_with_hooks_is_called():
