@@ -16,6 +16,7 @@ from recording import append_rows
 
 from ctrl_dpo.engine.adapters import speed_up_adapters
 from ctrl_dpo.engine.int8 import fix_8bit_forward
+from ctrl_dpo.measures.tables import table
 
 INPUTS, OUTPUTS, TOKENS = 576, 1536, 512
 SHARES = [2.0**-k for k in (3, 5, 7, 9, 11)]
@@ -55,16 +56,16 @@ def slope(layer: torch.nn.Module, share: float) -> float:
 
 
 def main() -> None:
-    rows = []
+    rows, lines = [], []
     for int8 in (False, True):
         for side, fast in (("PEFT", False), ("ctrl_dpo", True)):
-            layer = adapted(int8, fast)
-            kind = {"layer": "int8" if int8 else "bfloat16", "side": side}
-            rows += [kind | {"share": s, "slope": round(slope(layer, s), 3)} for s in SHARES]
-    print("| layer | side | " + " | ".join(f"{share:.2%}" for share in SHARES) + " |")
-    for at in range(0, len(rows), len(SHARES)):
-        found = " | ".join(f"{row['slope']:.2f}" for row in rows[at : at + len(SHARES)])
-        print(f"| {rows[at]['layer']} | {rows[at]['side']} | {found} |")
+            layer, kind = adapted(int8, fast), "int8" if int8 else "bfloat16"
+            slopes = {share: round(slope(layer, share), 3) for share in SHARES}
+            rows += [
+                {"layer": kind, "side": side, "share": k, "slope": v} for k, v in slopes.items()
+            ]
+            lines.append([kind, side, *(f"{value:.2f}" for value in slopes.values())])
+    print(table(["layer", "side", *(f"{share:.2%}" for share in SHARES)], lines))
     append_rows("small_additions", rows)
 
 

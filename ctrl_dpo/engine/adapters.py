@@ -99,8 +99,8 @@ def speed_up_adapters(model: torch.nn.Module) -> int:
 
     is computed in the type of ``x``, with A and B cast for the call; their gradients are added up
     in float32, where the optimiser works. For a frozen float layer, and an int8 one on a CPU, the
-    sum is accumulated before it is rounded: of what is added to an output that is rounded to
-    bfloat16, as PEFT does it, less than a 512th of that output is lost.
+    sum is accumulated before it is rounded: an addition of less than a 512th of an output that is
+    already rounded to bfloat16, as in PEFT, is lost.
 
     Parameters
     ----------
