@@ -5,14 +5,16 @@
 
 Trains two reward models, draws from the reference policy, and trains and measures one policy a cell
 (method, strength, seed), all under `--runs`. A finished cell is never run again: stop it when you
-like, and start it again. Each finished cell adds to `results/headline.csv`, to the comparison in
-`results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what is not;
-`--table` writes the results again without running anything.
+like, and start it again. `--quick` is one seed of the methods that matter most; `--others` adds the
+rest, `--seeds 0 1` a second seed. Each finished cell adds to `results/headline.csv`, to the
+comparison in `results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what
+is not; `--table` writes the results again without running anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import time
@@ -74,19 +76,25 @@ def main() -> None:
     parser.add_argument("--model", default="runs/quickstart/model")
     parser.add_argument("--runs", type=Path, default=Path("runs/headline"))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--others", action="store_true", help="also the file's `others`")
     parser.add_argument("--only", help="ablation to run: main, anchor, ...; all by default")
     parser.add_argument("--methods", nargs="*", help="only these methods")
+    parser.add_argument("--seeds", nargs="*", type=int, help="these instead of the file's")
     parser.add_argument("--limit", type=int, help="stop after so many new cells")
     parser.add_argument("--list", action="store_true", help="only say what is done")
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
     experiment = read_experiment(args.experiment, args.quick)
+    if args.seeds:
+        experiment = dataclasses.replace(experiment, seeds=tuple(args.seeds))
     name = f"{experiment.task}_quick" if args.quick else experiment.task
     bench = Bench(experiment, args.model, args.runs, name)
     chosen = [
         cell
         for cell in experiment.cells()
-        if args.only in (None, cell.ablation) and (not args.methods or cell.method in args.methods)
+        if args.only in (None, cell.ablation)
+        and cell.method in (args.methods or {cell.method})
+        and (args.others or cell.method not in experiment.others)
     ]
     folders = {cell: bench.folder / "cells" / cell.name for cell in chosen}
     left = [c for c, path in folders.items() if not read_record(path).get("complete")]

@@ -5,6 +5,6 @@
 set -euo pipefail
 RUNS=${RUNS:-runs/quickstart}
 
-ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/groups" --procedure best_of_4 --target-kl 3.4 --extremes 1
-ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/pairs" --procedure best_of_4 --target-kl 3.4 \
+ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/groups" --procedure best_of_4 --target-kl 2.2 --extremes 1
+ctrl-dpo relabel "$RUNS/train/scored" --output "$RUNS/train/pairs" --procedure best_of_4 --target-kl 2.2 \
     --pairs best_worst

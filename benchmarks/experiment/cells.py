@@ -29,7 +29,8 @@ RECORD = "record.json"
 JUDGES = ("training", "judging")  # the reward models: what is trained on, what only judges
 _RECIPE = Path(__file__).parents[2] / "recipes" / "train_reward_model.py"
 _TRAIN_SEED, _MEASURE_SEED, _POLICY_SEED = 1, 2, 1000
-_GRID = ("strengths", "seeds", "ablations", "kls")  # settings that change no cell's numbers
+# settings that change no cell's numbers
+_GRID = ("strengths", "others", "seeds", "ablations", "kls")
 
 
 class Bench:

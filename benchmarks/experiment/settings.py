@@ -52,7 +52,7 @@ class Cell:
 class Experiment:
     """What a YAML file of `headline.py` sets; see `recipes/configs/headline_harmless.yaml`.
 
-    Every field but the last three changes the numbers of a cell, and can be changed in an ablation.
+    Every field but the last four changes the numbers of a cell, and can be changed in an ablation.
     """
 
     task: str
@@ -80,6 +80,7 @@ class Experiment:
     as_pairs: str | None = None
     where: str = "held_out"
     strengths: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     ablations: tuple[Mapping[str, Any], ...] = ()
 
@@ -98,7 +99,7 @@ class Experiment:
         """List the cells, first every method with one seed from its middle strength outwards."""
         orders = {
             method: sorted(values, key=lambda s, v=values: (abs(v.index(s) - len(v) // 2), s))
-            for method, values in self.strengths.items()
+            for method, values in {**self.strengths, **self.others}.items()
         }
         for seed, rank in itertools.product(self.seeds, range(max(map(len, orders.values())))):
             for method, order in orders.items():
