@@ -15,33 +15,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-import json
+import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from experiment.cells import RECORD, Bench
+from experiment.cells import Bench
 from experiment.results import cell_rows, comparison, equal_kl_rows, figure, flat, policies
-from experiment.settings import Cell, read_experiment
+from experiment.settings import Cell, Experiment, read_experiment
 from recording import RESULTS, circumstances, merge_rows
 
+from ctrl_dpo._validation import check_choice
 from ctrl_dpo.data.folders import read_record
 
 _CELL = ("task", "ablation", "method", "strength", "seed", "changes", "n_train", "n_draws")
 _POINT = ("task", "n_train", "n_prompts", "n_draws", "judge", "procedure", "kl", "method")
 
 
-def finished(bench: Bench) -> list[dict[str, Any]]:
-    """Return the records of the experiment's finished cells."""
-    folders = [bench.folder / "cells" / cell.name for cell in bench.experiment.cells()]
-    done = [path for path in folders if read_record(path).get("complete")]
-    return [json.loads((path / RECORD).read_text(encoding="utf-8")) for path in done]
-
-
 def write_results(bench: Bench) -> str:
     """Write rows, comparison and figure of what is finished; return the tables."""
-    experiment, records = bench.experiment, finished(bench)
+    experiment, records = bench.experiment, bench.finished()
     if not records:
         return "no cell is finished"
     merge_rows("headline", cell_rows(experiment.task, records), _CELL)
@@ -70,6 +62,21 @@ def run_cell(bench: Bench, cell: Cell) -> bool:
     return True
 
 
+def choose(experiment: Experiment, args: argparse.Namespace) -> list[Cell]:
+    """Return the cells that were asked for; a name that no cell has is refused."""
+    seeded = dataclasses.replace(experiment, seeds=tuple(args.seeds or experiment.seeds))
+    cells = [c for c in seeded.cells() if args.others or c.method not in experiment.others]
+    for method in args.methods or ():
+        check_choice("--methods", method, sorted({cell.method for cell in cells}))
+    if args.only is not None:
+        check_choice("--only", args.only, sorted({cell.ablation for cell in cells}))
+    return [
+        cell
+        for cell in cells
+        if args.only in (None, cell.ablation) and cell.method in (args.methods or {cell.method})
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment", type=Path)
@@ -85,27 +92,27 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
     experiment = read_experiment(args.experiment, args.quick)
-    if args.seeds:
-        experiment = dataclasses.replace(experiment, seeds=tuple(args.seeds))
     name = f"{experiment.task}_quick" if args.quick else experiment.task
+    chosen = choose(experiment, args)
     bench = Bench(experiment, args.model, args.runs, name)
-    chosen = [
-        cell
-        for cell in experiment.cells()
-        if args.only in (None, cell.ablation)
-        and cell.method in (args.methods or {cell.method})
-        and (args.others or cell.method not in experiment.others)
-    ]
     folders = {cell: bench.folder / "cells" / cell.name for cell in chosen}
     left = [c for c, path in folders.items() if not read_record(path).get("complete")]
     print(f"{name}: {len(chosen) - len(left)} of {len(chosen)} cells done", flush=True)
     if args.list:
         print("".join(f"{'open' if c in left else 'done'} {c.name}\n" for c in chosen), end="")
         return
-    for cell in itertools.islice(left, 0 if args.table else args.limit):
+    failed, limit = [], len(left) if args.limit is None else args.limit
+    for cell in [] if args.table else left:
+        if limit == 0:
+            break
         if run_cell(bench, cell):
+            limit -= 1
             write_results(bench)
+        else:
+            failed.append(cell.name)
     print(write_results(bench))
+    if failed:
+        sys.exit(f"not run: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How often do the intervals hold the truth? Nominal 95 % must cover 93 to 97 %.
 
-    python benchmarks/interval_coverage.py [--runs 2000]
+    python benchmarks/interval_coverage.py [--runs 1000]
 
 Policies whose strength differs from prompt to prompt, with known expected win rates: the CDF of the
 calibrated reward on a prompt is u^a, so that best-of-N on both sides wins a / (1 + a), whatever N;
@@ -127,7 +127,7 @@ def coverage(make: Callable[..., Any], n: int, draws: int, skew: bool, runs: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=2000)
+    parser.add_argument("--runs", type=int, default=1000)
     args = parser.parse_args()
     measures: dict[str, Callable[..., Any]] = {
         **{f"win rate, {p}": lambda *a, procedure=p: win_rate(procedure, *a) for p in PROCEDURES},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import json
 import os
 import platform
@@ -12,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ctrl_dpo.data.folders import installed_versions
+from filelock import FileLock
+
+from ctrl_dpo.data.folders import installed_versions, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,31 +42,41 @@ def append_rows(question: str, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def merge_rows(question: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> Path:
-    """Write measurements that hold their own circumstances; one of the same key is replaced."""
+    """Write measurements that hold their own circumstances; one of the same key is replaced.
+
+    A column that either side lacks is left empty there. Several processes may write.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{question}.csv"
-    kept: dict[tuple[str, ...], Mapping[str, Any]] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = {tuple(row[k] for k in key): row for row in csv.DictReader(file)}
-    kept |= {tuple(str(row[k]) for k in key): row for row in rows}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+    with FileLock(path.with_suffix(".lock")):
+        kept: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                kept = {tuple(row[k] for k in key): row for row in csv.DictReader(file)}
+        columns = dict.fromkeys([*rows[0], *next(iter(kept.values()), {})])
+        kept |= {tuple(str(row[k]) for k in key): row for row in rows}
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept[name] for name in sorted(kept))
+        write_atomically(path, text.getvalue().encode("utf-8"))
     return path
 
 
+def _git(*words: str) -> str:
+    run = subprocess.run(
+        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
 def circumstances() -> dict[str, str]:
-    """Return versions, commit, machine and date of a measurement."""
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
+    """Return versions, commit, machine and date of a measurement.
+
+    Results that were written since the commit do not make it `-dirty`: they change no number.
+    """
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": json.dumps(installed_versions(), sort_keys=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -15,17 +16,17 @@ from peft import LoraConfig
 from recording import circumstances
 
 from ctrl_dpo import CTRLDPOConfig
-from ctrl_dpo.data.folders import StageFolder, content_hash, write_atomically
+from ctrl_dpo.data.folders import StageFolder, content_hash, read_record, write_atomically
 from ctrl_dpo.engine.generation import Sampler
 from ctrl_dpo.engine.models import load_model, load_policy, load_tokenizer
 from ctrl_dpo.evaluate import evaluate
 from ctrl_dpo.sample import sample
 from ctrl_dpo.score import score
-from experiment.data import prompts, source
+from experiment.data import prompts, source, source_name, write_once
 from experiment.methods import METHODS, Job
 from experiment.settings import Cell, Experiment
 
-RECORD = "record.json"
+RECORD, _TRAINED, _REWARD = "record.json", "trained.json", "reward_model.json"
 JUDGES = ("training", "judging")  # the reward models: what is trained on, what only judges
 _RECIPE = Path(__file__).parents[2] / "recipes" / "train_reward_model.py"
 _TRAIN_SEED, _MEASURE_SEED, _POLICY_SEED = 1, 2, 1000
@@ -53,32 +54,43 @@ class Bench:
         self.folder = runs / name
         self.tokenizer = load_tokenizer(model)
 
+    @functools.cached_property
     def reward_models(self) -> dict[str, str]:
         """Train the two reward models, each on its half of the pairs, unless they are there."""
-        pairs = self.runs / "pairs.parquet"
+        experiment, pairs = self.experiment, self.runs / "pairs.parquet"
+        name = source_name(experiment.pairs, experiment.pairs_hub)
+        write_once(self.runs / "pairs.json", json.dumps({"source": name}) + "\n")
         found = {}
         for half, judge in enumerate(JUDGES):
             output = self.runs / f"reward_{judge}"
+            wanted = {**experiment.reward, "half": half, "seed": half}
             found[judge] = str(output)
-            if (output / "reward_model.json").exists():
+            if (output / _REWARD).exists():
+                known = json.loads((output / _REWARD).read_text(encoding="utf-8"))["settings"]
+                if other := {k: known[k] for k, v in wanted.items() if known[k] != v}:
+                    raise ValueError(
+                        f"{output} must be of this experiment's settings; it was trained with "
+                        f"{other}. Name another --runs."
+                    )
                 continue
             if not pairs.exists():
-                self.runs.mkdir(parents=True, exist_ok=True)
-                source(self.experiment.pairs, self.experiment.pairs_hub).to_parquet(str(pairs))
+                source(experiment.pairs, experiment.pairs_hub).to_parquet(str(pairs))
             settings = [
                 f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}")
-                for k, v in self.experiment.reward.items()
+                for k, v in wanted.items()
             ]
-            words = [str(_RECIPE), self.model, str(pairs), "--output", str(output)]
-            subprocess.run(
-                [sys.executable, *words, "--half", str(half), "--seed", str(half), *settings],
-                check=True,
-            )
+            words = [str(_RECIPE), self.model, str(pairs), "--output", str(output), *settings]
+            subprocess.run([sys.executable, *words], check=True)
         return found
+
+    @functools.cached_property
+    def all_prompts(self) -> dict[str, Dataset]:
+        """The prompts of each split."""
+        return prompts(self.experiment, self.tokenizer, self.folder)
 
     def prompts(self, split: str, measured: bool = False) -> Dataset:
         """Return the prompts of a split; of training prompts as many are measured as of others."""
-        found = prompts(self.experiment, self.tokenizer, self.folder)[split]
+        found = self.all_prompts[split]
         count = self.experiment.n_held_out
         return found.select(range(count)) if measured and count < len(found) else found
 
@@ -97,38 +109,63 @@ class Bench:
     def scored(self, drawn: Dataset, judge: str) -> Dataset:
         """Add the rewards of one reward model; responses seen before cost nothing."""
         cache = self.runs / f"scores_{judge}.jsonl"
-        return score(drawn, self.reward_models()[judge], cache=cache)
+        return score(drawn, self.reward_models[judge], cache=cache)
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """Return the settings that decide a cell's numbers."""
+        whole = dataclasses.asdict(self.experiment.changed(cell))
+        return {name: value for name, value in whole.items() if name not in _GRID}
+
+    def finished(self) -> list[dict[str, Any]]:
+        """Return the records of all finished cells that have the experiment's settings."""
+        records = []
+        for path in sorted((self.folder / "cells").glob("*")):
+            if read_record(path).get("complete"):
+                record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+                changes = tuple((key, value) for key, value in record["cell"]["changes"])
+                cell = Cell(**{**record["cell"], "changes": changes})
+                # through JSON: tuples are lists there
+                if json.loads(json.dumps(self.settings(cell))) == record["settings"]:
+                    records.append(record)
+        return records
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Return the record of a cell, training and measuring it unless that is done."""
-        experiment = self.experiment.changed(cell)
-        settings = {k: v for k, v in dataclasses.asdict(experiment).items() if k not in _GRID}
-        inputs = {name: content_hash(path) for name, path in self.reward_models().items()}
+        experiment, settings = self.experiment.changed(cell), self.settings(cell)
+        inputs = {name: content_hash(path) for name, path in self.reward_models.items()}
         inputs["model"] = content_hash(self.model)
-        for split in ("train", "held_out"):
-            self.prompts(split)
+        for split in self.all_prompts:
             inputs[split] = content_hash(self.folder / f"{split}_prompts.jsonl")
         folder = StageFolder(
             self.folder / "cells" / cell.name, "headline", settings, inputs, n_shards=0
         ).open()
         path = folder.path / RECORD
         if not folder.is_complete:
+            trained = self._trained(cell, experiment, folder.path / "adapter")
             start = time.perf_counter()
-            self._train(cell, experiment, folder.path / "adapter")
-            trained = time.perf_counter()
             record = self._measured(cell, experiment, folder.path)
-            seconds = {"train": trained - start, "measure": time.perf_counter() - trained}
+            seconds = {"train": trained["seconds"], "measure": time.perf_counter() - start}
             record |= {"cell": dataclasses.asdict(cell), "seconds": seconds}
-            record |= {"settings": settings, "circumstances": circumstances()}
+            record |= {"settings": settings, "circumstances": trained["circumstances"]}
+            record["n_train"] = len(self.prompts("train"))
             write_atomically(path, (json.dumps(record) + "\n").encode("utf-8"))
             folder.finish({"kl": record["training"]["kl"]["value"]})
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return loaded
 
+    def _trained(self, cell: Cell, experiment: Experiment, output: Path) -> dict[str, Any]:
+        """Train the policy of a cell, unless that is done; say how long it took, and where."""
+        known = output / _TRAINED
+        if not known.exists():
+            start = time.perf_counter()
+            self._train(cell, experiment, output)
+            record = {"seconds": time.perf_counter() - start, "circumstances": circumstances()}
+            write_atomically(known, (json.dumps(record) + "\n").encode("utf-8"))
+        loaded: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+        return loaded
+
     def _train(self, cell: Cell, experiment: Experiment, output: Path) -> None:
         """Train the policy of a cell into a folder."""
-        if (output / "adapter_config.json").exists():
-            return
         groups = self.scored(self.reference_draws("train", experiment, measured=False), JUDGES[0])
         groups = groups.remove_columns("sampler_logps")
         job: Job = METHODS[cell.method](groups, cell.strength, experiment)

@@ -19,6 +19,11 @@ from experiment.settings import Experiment
 _SPLIT_SEED = 0
 
 
+def source_name(path: str, hub: tuple[str, str]) -> str:
+    """Name what :func:`source` reads."""
+    return Path(path).name if Path(path).exists() else "/".join(hub)
+
+
 def source(path: str, hub: tuple[str, str]) -> Dataset:
     """Read a local file or, where there is none, a folder of a hub data set."""
     if Path(path).exists():
@@ -35,18 +40,29 @@ def first_turns(rows: Dataset) -> list[list[dict[str, str]]]:
     return list(opening.values())
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write what every cell of a folder shares; a file of another content is not replaced."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode("utf-8"))
+    elif path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{path} must be that of this experiment; it was written with other settings or from "
+            "another source. Name another --runs."
+        )
+
+
 def prompts(experiment: Experiment, tokenizer: Any, folder: Path) -> dict[str, Dataset]:
-    """Return training and held-out prompts; written once, so that every cell has the same."""
-    files = {name: folder / f"{name}_prompts.jsonl" for name in ("held_out", "train")}
-    if not all(file.exists() for file in files.values()):
-        found = first_turns(source(experiment.prompts, experiment.prompts_hub))
-        limit = experiment.max_prompt_tokens
-        fitting = [p for p in found if len(prompt_tokens(tokenizer, p)) <= limit]
-        order = np.random.default_rng(_SPLIT_SEED).permutation(len(fitting))
-        chosen = [{"prompt": fitting[i]} for i in order]
-        held_out, rest = chosen[: experiment.n_held_out], chosen[experiment.n_held_out :]
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in (("held_out", held_out), ("train", rest[: experiment.n_train])):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            write_atomically(files[name], text.encode("utf-8"))
-    return {name: read_rows(file) for name, file in files.items()}
+    """Return training and held-out prompts, in files that all cells share."""
+    found = first_turns(source(experiment.prompts, experiment.prompts_hub))
+    limit = experiment.max_prompt_tokens
+    fitting = [p for p in found if len(prompt_tokens(tokenizer, p)) <= limit]
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(fitting))
+    chosen = [{"prompt": fitting[i]} for i in order]
+    held_out, rest = chosen[: experiment.n_held_out], chosen[experiment.n_held_out :]
+    made = {}
+    for name, rows in (("held_out", held_out), ("train", rest[: experiment.n_train])):
+        path = folder / f"{name}_prompts.jsonl"
+        write_once(path, "".join(json.dumps(row) + "\n" for row in rows))
+        made[name] = read_rows(path)
+    return made

@@ -13,7 +13,7 @@ from scipy import special
 
 from ctrl_dpo import CTRLDPOTrainer, pairs, relabel
 from ctrl_dpo.engine.logprobs import response_logps
-from ctrl_dpo.engine.losses import ipo, pad_groups
+from ctrl_dpo.engine.losses import ipo, pad_groups, share_of_update
 from experiment.settings import Experiment
 
 PAPER_RATE = 10.0  # of the exponential, arXiv:2412.19792v5, section 5
@@ -50,17 +50,19 @@ class BestResponseTrainer(CTRLDPOTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss over the groups of a batch."""
-        where = inputs["group_of"], inputs["slot_of"]
+        """Return the mean loss over the groups of a pass, or a pass's share in an update's."""
         logps = response_logps(model, inputs)
-        padded, mask = pad_groups(logps, *where)
+        where, members = (inputs["group_of"], inputs["slot_of"]), inputs["members"]
+        padded, mask = pad_groups(logps[members], *where)
         targets, _ = pad_groups(inputs["targets"], *where)
         best = targets.masked_fill(~mask, -torch.inf).argmax(dim=1, keepdim=True)
-        loss = -self.likelihood_share * padded.gather(1, best).mean()
+        losses = -self.likelihood_share * padded.gather(1, best).squeeze(1)
         if self.likelihood_share < 1:
-            logratios, _ = pad_groups(logps - inputs["reference_logps"], *where)
-            contrast = ipo(logratios, targets, mask, self.beta).mean()
-            loss = loss + (1 - self.likelihood_share) * contrast
+            logratios, _ = pad_groups((logps - inputs["reference_logps"])[members], *where)
+            contrast = ipo(logratios, targets, mask, self.beta)
+            losses = losses + (1 - self.likelihood_share) * contrast
+        processes = self.accelerator.num_processes
+        loss = share_of_update(inputs["weights"] * losses, num_items_in_batch, processes)
         return (loss, {}) if return_outputs else loss
 
 

@@ -44,7 +44,7 @@ def cell_rows(task: str, records: Iterable[Record]) -> list[dict[str, Any]]:
             "strength": cell["strength"],
             "seed": cell["seed"],
             "changes": ";".join(f"{key}={value}" for key, value in cell["changes"]),
-            "n_train": record["settings"]["n_train"],
+            "n_train": record["n_train"],
             "n_prompts": measured["n_prompts"],
             "n_draws": measured["n_draws"],
             **_interval("kl", measured["kl"]),
@@ -53,7 +53,7 @@ def cell_rows(task: str, records: Iterable[Record]) -> list[dict[str, Any]]:
             for procedure, rate in record[judge]["win_rates"].items():
                 row |= _interval(f"{judge} {procedure}", rate)
         for procedure, share in measured["attainment"].items():
-            row[f"attainment {procedure}"] = "" if share is None else round(share["value"], 4)
+            row |= _interval(f"attainment {procedure}", share)
         row["length"] = round(measured["length"]["value"], 2)
         row["reference_length"] = round(measured["reference_length"]["value"], 2)
         row |= {f"{k}_seconds": round(v) for k, v in record["seconds"].items()}
@@ -61,9 +61,12 @@ def cell_rows(task: str, records: Iterable[Record]) -> list[dict[str, Any]]:
     return rows
 
 
-def _interval(name: str, numbers: Mapping[str, float]) -> dict[str, float]:
+def _interval(name: str, numbers: Mapping[str, float] | None) -> dict[str, Any]:
+    """Lay an estimate out as three columns, empty where there is none."""
     ends = {"": "value", " low": "low", " high": "high"}
-    return {f"{name}{suffix}": round(numbers[key], 4) for suffix, key in ends.items()}
+    return {
+        name + end: "" if numbers is None else round(numbers[key], 4) for end, key in ends.items()
+    }
 
 
 def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, Curve]:
@@ -85,8 +88,11 @@ def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, C
 def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Compare every method with ours at equal measured KL, by procedure and reward model."""
     rows = []
-    size = {"n_train": experiment.n_train, "seeds": len({r["cell"]["seed"] for r in records})}
-    size |= {k: records[0]["training"][k] for k in ("n_prompts", "n_draws")}
+    size = {k: records[0]["training"][k] for k in ("n_prompts", "n_draws")}
+    seeds = defaultdict(set)
+    for record in records:
+        if record["cell"]["ablation"] == "main":
+            seeds[record["cell"]["method"]].add(record["cell"]["seed"])
     for judge in JUDGES:
         for procedure in experiment.measured:
             found = curves(records, judge, procedure)
@@ -99,6 +105,8 @@ def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dic
                     rows.append(
                         {
                             "task": experiment.task,
+                            "n_train": records[0]["n_train"],
+                            "seeds": len(seeds[method]),
                             **size,
                             "judge": judge,
                             "procedure": procedure,
@@ -155,7 +163,7 @@ def policies(experiment: Experiment, records: Iterable[Record]) -> str:
     lines = []
     for record in records:
         cell, measured = record["cell"], record[JUDGES[0]]
-        name = f"{cell['method']} {cell['strength']:g}"
+        name = f"{cell['method']} {cell['strength']:g}, seed {cell['seed']}"
         if cell["ablation"] != "main":
             name += f" ({cell['ablation']})"
         share = measured["attainment"][experiment.procedure]

@@ -12,7 +12,7 @@ Output = Annotated[Path, typer.Option(help="Folder to write; finished work in it
 Procedure = Annotated[
     str, typer.Option(help="How the model will be used: single_draw, best_of_4, worst_of_8, ...")
 ]
-Seed = Annotated[int, typer.Option(help="Seed of every random number.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random number.")]
 
 # how any public layout is read
 Layout = Annotated[str, typer.Option(help="Layout of the data; found by its columns by default.")]

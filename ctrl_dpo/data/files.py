@@ -15,6 +15,7 @@ def read_file(path: Path) -> Dataset:
     """Read a data file, naming it where it is empty or broken."""
     import datasets
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
 
     suffix = next((s for s in reversed(path.suffixes) if s in _BUILDERS), None)
     if suffix is None:
@@ -24,7 +25,7 @@ def read_file(path: Path) -> Dataset:
     form = _BUILDERS[suffix]
     try:
         return datasets.load_dataset(form, data_files=str(path), split="train")
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ArrowInvalid) as error:
         cause = error.__cause__ or error
         if "No columns to parse" not in str(cause):  # what the reader of CSV says of nothing
             raise ValueError(

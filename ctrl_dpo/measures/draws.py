@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from ctrl_dpo._validation import check_choice, check_columns
 from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
-from ctrl_dpo.data.messages import is_messages, prompt_key
+from ctrl_dpo.data.messages import check_prompt, is_messages, prompt_key
 
 LENGTH = "length"
 _PER_DRAW = (REWARDS, POLICY_LOGPS, REFERENCE_LOGPS, LENGTH)
@@ -36,7 +38,10 @@ def gather_draws(
     Raises
     ------
     ValueError
-        If there is no row, a column is missing, or rows or columns do not fit together.
+        If there is no row, a column is missing, a reward or log-probability is no finite number, or
+        rows or columns do not fit together.
+    TypeError
+        If a prompt is neither text nor a list of messages.
 
     Examples
     --------
@@ -52,7 +57,8 @@ def gather_draws(
         required = [theirs[PROMPT], theirs[REWARDS]]
         check_columns(row, required, "Run `ctrl-dpo score` first, or map your columns.")
         found = _columns_of(row, theirs, number)
-        draws = gathered.setdefault(prompt_key(row[theirs[PROMPT]]), {n: [] for n in found})
+        prompt = check_prompt(row[theirs[PROMPT]], f" at row {number}", allow_empty=True)
+        draws = gathered.setdefault(prompt_key(prompt), {n: [] for n in found})
         first = next(iter(gathered.values()))
         if found.keys() != first.keys():
             raise ValueError(
@@ -70,17 +76,36 @@ def _columns_of(
     row: Mapping[str, Any], theirs: Mapping[str, str], number: int
 ) -> dict[str, list[Any]]:
     """Return the lists of one row, one entry a draw."""
-    found = {n: _listed(row[theirs[n]]) for n in _PER_DRAW if row.get(theirs[n]) is not None}
-    if row.get(theirs[RESPONSE_IDS]) is not None:
-        ids = row[theirs[RESPONSE_IDS]]
-        one = not is_messages(row[theirs[REWARDS]])
-        found[LENGTH] = [len(ids)] if one else [len(each) for each in ids]
+    rewards, ids = row.get(theirs[REWARDS]), row.get(theirs[RESPONSE_IDS])
+    if rewards is None:
+        raise ValueError(
+            f"column {theirs[REWARDS]!r} must hold rewards; got None at row {number}. Score or "
+            "drop that row."
+        )
+    given = {name: row.get(theirs[name]) for name in _PER_DRAW}
+    found = {n: _numbers(v, theirs[n], number) for n, v in given.items() if v is not None}
+    if ids is not None:
+        listed = ids if is_messages(rewards) else [ids]
+        for each in listed:
+            if not is_messages(each):
+                raise ValueError(
+                    f"column {theirs[RESPONSE_IDS]!r} must hold a list of tokens a draw; got "
+                    f"{each!r} at row {number}. Drop the column, or give `length`."
+                )
+        found[LENGTH] = [len(each) for each in listed]
     sizes = {name: len(values) for name, values in found.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"columns must hold one entry a draw; got {sizes} at row {number}.")
     return found
 
 
-def _listed(values: Any) -> list[Any]:
-    """Return a list as it is, and one number as a list of one draw."""
-    return list(values) if is_messages(values) else [values]
+def _numbers(values: Any, column: str, number: int) -> list[Any]:
+    """Return a list as it is and one number as a list of one draw; all must be finite."""
+    listed = list(values) if is_messages(values) else [values]
+    for draw, value in enumerate(listed):
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(
+                f"column {column!r} must hold finite numbers; got {value!r} at draw {draw} of row "
+                f"{number}. Score or drop that row."
+            )
+    return listed

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -70,11 +72,10 @@ def bench(parts, experiment, tiny_model_folder):
     from experiment.cells import Bench
 
     class FunctionBench(Bench):
-        def reward_models(self):
-            return {
-                "training": "rewards_of_headline:vowels",
-                "judging": "rewards_of_headline:length",
-            }
+        reward_models = {  # noqa: RUF012
+            "training": "rewards_of_headline:vowels",
+            "judging": "rewards_of_headline:length",
+        }
 
     return FunctionBench(experiment, str(tiny_model_folder), parts / "runs", "harmless_tiny")
 
@@ -99,7 +100,7 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
         assert record["training"]["n_draws"] == 32
     page = headline.write_results(bench)
     assert "| bonbon " in page
-    policy = next(row for row in page.splitlines() if row.startswith("| bonbon 2 "))
+    policy = next(row for row in page.splitlines() if row.startswith("| bonbon 2, seed 0 "))
     measured = first[1]["training"]
     assert f"| {measured['win_rates']['worst_of_4']['value']:.1%} (" in policy
     assert f"| {measured['length']['value']:.1f} (" in policy
@@ -120,6 +121,63 @@ def test_training_prompts_can_be_measured_as_many_as_held_out_ones(bench, experi
     train, drawn = bench.prompts("train"), read_rows(bench.folder / "cells" / cell.name / "draws")
     assert drawn["prompt"] == train["prompt"][:4]
     assert record["training"]["n_prompts"] == 4
+
+
+def test_results_are_of_every_finished_cell_of_these_settings(bench, experiment):
+    """Also of those that this call does not ask for; not of those trained with other settings."""
+    ran = [bench.run(cell)["cell"]["method"] for cell in experiment.cells()]
+    asked = dataclasses.replace(experiment, strengths={"optimal": (1.0,)}, seeds=(7,))
+    for changed, expected in ((asked, ran), (dataclasses.replace(experiment, lora_r=2), [])):
+        other = type(bench)(changed, bench.model, bench.runs, "harmless_tiny")
+        found = [r for r in other.finished() if r["cell"]["ablation"] == "main"]
+        assert sorted(r["cell"]["method"] for r in found) == sorted(expected)
+        assert {r["n_train"] for r in found} <= {6}
+
+
+def test_a_folder_of_other_prompts_or_rewards_is_refused(bench, experiment):
+    from experiment.cells import Bench
+
+    changed = dataclasses.replace(experiment, n_train=5)
+    other = type(bench)(changed, bench.model, bench.runs, "harmless_tiny")
+    with pytest.raises(ValueError, match=r"train_prompts.jsonl must be that .* another --runs"):
+        other.prompts("train")
+    known = bench.runs / "reward_training" / "reward_model.json"
+    known.parent.mkdir(parents=True)
+    settings = {**experiment.reward, "half": 0, "seed": 0}
+    known.write_text(json.dumps({"settings": settings | {"layers": 5}}))
+    real = Bench(experiment, bench.model, bench.runs, "harmless_tiny")
+    with pytest.raises(ValueError, match=r"reward_training must be .* trained with {'layers': 5}"):
+        _ = real.reward_models
+    pairs = dataclasses.replace(experiment, pairs="nowhere.jsonl", pairs_hub=("other", "part"))
+    with pytest.raises(ValueError, match=r"pairs.json must be that of this experiment"):
+        _ = Bench(pairs, bench.model, bench.runs, "harmless_tiny").reward_models
+
+
+def test_only_cells_that_there_are_can_be_asked_for(parts, experiment):
+    from headline import choose
+
+    given = {"seeds": None, "methods": None, "only": None, "others": False}
+    grid = dataclasses.replace(experiment, others={"ipo": (0.1,)})
+    chosen = choose(grid, argparse.Namespace(**given))
+    assert [c.method for c in chosen] == ["optimal", "bonbon"]
+    more = argparse.Namespace(**given | {"seeds": [0, 3], "methods": ["ipo"], "others": True})
+    assert [(c.method, c.seed) for c in choose(grid, more)] == [("ipo", 0), ("ipo", 3)]
+    for wrong in ({"methods": ["ipo"]}, {"only": "anchr"}):
+        with pytest.raises(ValueError, match=r"must be one of"):
+            choose(grid, argparse.Namespace(**given | wrong))
+
+
+def test_rows_of_other_columns_are_kept(parts, monkeypatch, tmp_path):
+    from recording import merge_rows
+
+    monkeypatch.setattr("recording.RESULTS", tmp_path)
+    merge_rows("q", [{"task": "a", "x": 1, "more": 2}, {"task": "b", "x": 3, "more": 4}], ["task"])
+    path = merge_rows("q", [{"task": "b", "x": 5, "new": 6}], ["task"])
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert rows == [
+        {"task": "a", "x": "1", "more": "2", "new": ""},
+        {"task": "b", "x": "5", "more": "", "new": "6"},
+    ]
 
 
 def test_a_finished_cell_is_not_mistaken_for_one_of_other_settings(bench, experiment):
@@ -199,13 +257,18 @@ def test_best_response_losses_are_what_they_say(parts, monkeypatch):
         "slot_of": torch.tensor([0, 1, 0, 1]),
         "targets": torch.tensor([1.0, 0.0, 0.0, 1.0]),
         "reference_logps": torch.tensor([-4.0, -4.0, -3.0, -5.0]),
+        "members": torch.arange(4),
+        "weights": torch.ones(2),
     }
     for trainer, share in ((methods.BestResponseTrainer, 1.0), (methods.BonbonTrainer, 0.005)):
         made = trainer.__new__(trainer)
-        made.beta = 0.25
+        made.beta, made.accelerator = 0.25, SimpleNamespace(num_processes=1)
         # log-ratios (1, -1) and (1, -2): differences best minus worst 2 and -3, aim 2
         expected = share * (3 + 7) / 2 + (1 - share) * (0 + 25) / 2
         assert made.compute_loss(None, inputs).item() == pytest.approx(expected)
+        # a pass of 2 groups in an update of 6 has a third of its loss
+        part = made.compute_loss(None, inputs, num_items_in_batch=torch.tensor(6))
+        assert part.item() == pytest.approx(expected / 3)
 
 
 def test_the_reward_recipe_learns_and_scores(parts, tiny_model_folder, monkeypatch, capsys):

@@ -73,6 +73,13 @@ def test_01_empty_and_broken_files_are_named(name, tmp_path):
             read_rows(tmp_path / f"broken_{name}")
 
 
+@pytest.mark.parametrize("content", [b"", b"no parquet"])
+def test_01_parquet_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"file must be parquet; got 'rows.parquet', of which"):
+        read_rows(tmp_path / "rows.parquet")
+
+
 def test_02_missing_column_lists_columns_and_nearest_layout():
     data = dataset().rename_column("responses", "response_list")
     refused(data, r"got columns \['prompt', 'response_list', 'rewards'\]. The nearest is 'canon")

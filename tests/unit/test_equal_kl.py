@@ -16,22 +16,22 @@ def constant(points, n=4):
 
 
 def test_the_chord_from_the_reference_policy_by_hand():
-    """One policy at 4 nats and 0.9: at 1 nat, half of its root, half of its gain."""
-    found = win_rate_at_kl(constant([(4.0, 0.9)]), 1.0, "best_of_4")
-    assert found == pytest.approx({"value": 0.7, "low": 0.7, "high": 0.7})
+    """One policy at 1.21 nats and 0.83: at 1 nat, 10 of 11 parts of its root and its gain."""
+    found = win_rate_at_kl(constant([(1.21, 0.83)]), 1.0, "best_of_4")
+    assert found == pytest.approx({"value": 0.8, "low": 0.8, "high": 0.8})
 
 
 def test_the_start_is_the_untrained_policy_of_unequal_procedures():
-    """Best of 4 against one draw starts at 4/5: at a quarter of the KL, half way to 0.9."""
-    found = win_rate_at_kl(constant([(4.0, 0.9)]), 1.0, "best_of_4", "single_draw")
-    assert found["value"] == pytest.approx(0.85)
+    """Best of 4 against one draw starts at 4/5: at 0.81 of the KL, 9/10 of the way to 0.9."""
+    found = win_rate_at_kl(constant([(1.0, 0.9)]), 0.81, "best_of_4", "single_draw")
+    assert found["value"] == pytest.approx(0.89)
 
 
 def test_strengths_may_come_in_any_order(rng):
     kls = np.array([0.1, 0.5, 1.2, 2.5])
     rates = np.array([0.55, 0.62, 0.71, 0.69])
     roots = np.concatenate(([0], np.sqrt(kls)))
-    for kl in (0.05, 0.5, 0.7, 2.4):
+    for kl in (0.08, 0.5, 0.7, 2.4):
         expected = np.interp(np.sqrt(kl), roots, [0.5, *rates])
         for _ in range(3):
             order = rng.permutation(4)
@@ -44,6 +44,13 @@ def test_a_method_that_does_not_reach_the_kl_has_no_number():
     short, long = constant([(0.9, 0.7)]), constant([(1.1, 0.7)])
     assert win_rate_at_kl(short, 1.0, "best_of_4") is None
     assert difference_at_kl(long, short, 1.0, "best_of_4") is None
+
+
+def test_a_method_whose_first_policy_is_far_above_has_no_number():
+    """The chord to a policy of more than sqrt(2) times the KL underrates its method."""
+    for kl, known in ((1.41, True), (1.42, False)):
+        assert (win_rate_at_kl(constant([(kl, 0.7)]), 1.0, "best_of_4") is not None) == known
+    assert win_rate_at_kl(constant([(1.42, 0.7), (0.9, 0.65)]), 1.0, "best_of_4") is not None
 
 
 def test_two_policies_of_the_same_kl_are_no_division_by_zero():

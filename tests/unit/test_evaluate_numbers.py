@@ -267,11 +267,34 @@ def test_values_that_are_no_calibrated_rewards_are_refused(bad):
             [*rows([[1, 2]], response_ids=[[[1], [2]]]), {"prompt": "p1", "rewards": [1, 2]}],
             r"same columns; got \['rewards'\] at row 1, \['length', 'rewards'\] at row 0",
         ),
+        (
+            [{"prompt": "p0", "rewards": None, "length": [3]}],
+            "must hold rewards; got None at row 0",
+        ),
+        (rows([[1, 2], [1, "N/A"]]), r"column 'rewards' .* got 'N/A' at draw 1 of row 1"),
+        (rows([[1, 2], [1, None]]), r"column 'rewards' .* got None at draw 1 of row 1"),
+        (rows([[1, 2]], policy_logps=[[0.1, np.inf]]), r"'policy_logps' .* got inf at draw 1"),
+        (rows([[1, 2]], response_ids=[[5, 6]]), r"list of tokens a draw; got 5 at row 0"),
+        (rows([[1, 2]], response_ids=[[[5], None]]), r"list of tokens a draw; got None at row 0"),
+        (
+            [{"prompt": ["p0"], "rewards": [1.0]}],
+            r"message must have .* got 'p0' at message 0 of row 0",
+        ),
     ],
 )
 def test_rows_that_do_not_fit_are_refused(policy, message):
     with pytest.raises(ValueError, match=message):
         evaluate(policy, rows([[1, 2]] * 2), procedures=["single_draw"])
+
+
+def test_a_prompt_that_is_nothing_is_refused():
+    with pytest.raises(TypeError, match="prompt must be text; got None at row 1"):
+        evaluate([*rows([[1, 2]]), {"prompt": None, "rewards": [1, 2]}], rows([[1, 2]] * 2))
+
+
+def test_a_seed_below_zero_is_refused():
+    with pytest.raises(ValueError, match=r"seed must be an integer >= 0; got -1"):
+        evaluate(rows([[1, 2], [2, 3]]), rows([[1, 1], [2, 2]]), seed=-1)
 
 
 def test_records_of_other_prompts_are_not_compared():
