@@ -85,7 +85,7 @@ def _columns_of(
     given = {name: row.get(theirs[name]) for name in _PER_DRAW}
     found = {n: _numbers(v, theirs[n], number) for n, v in given.items() if v is not None}
     if ids is not None:
-        listed = ids if is_messages(rewards) else [ids]
+        listed = ids if is_messages(rewards) and is_messages(ids) else [ids]
         for each in listed:
             if not is_messages(each):
                 raise ValueError(
