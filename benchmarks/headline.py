@@ -20,7 +20,15 @@ import time
 from pathlib import Path
 
 from experiment.cells import Bench
-from experiment.results import cell_rows, comparison, equal_kl_rows, figure, flat, policies
+from experiment.results import (
+    cell_rows,
+    comparison,
+    equal_kl_rows,
+    figure,
+    flat,
+    learned,
+    policies,
+)
 from experiment.settings import Cell, Experiment, read_experiment
 from recording import RESULTS, circumstances, merge_rows
 
@@ -36,7 +44,7 @@ def write_results(bench: Bench) -> str:
     experiment, records = bench.experiment, bench.finished()
     if not records:
         return "no cell is finished"
-    merge_rows("headline", cell_rows(experiment.task, records), _CELL)
+    merge_rows("headline", cell_rows(experiment, records), _CELL)
     rows = equal_kl_rows(experiment, records)
     merge_rows("headline_equal_kl", flat(rows, circumstances()), _POINT)
     picture = figure(experiment, records, RESULTS / f"headline_{bench.folder.name}.png")
@@ -44,7 +52,8 @@ def write_results(bench: Bench) -> str:
         f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
         for kl in experiment.kls
     ]
-    return "\n\n".join([policies(experiment, records), *parts, str(picture)])
+    share = f"Share of the reward that was learned:\n\n{learned(experiment, records)}"
+    return "\n\n".join([policies(experiment, records), *parts, share, str(picture)])
 
 
 def run_cell(bench: Bench, cell: Cell) -> bool:

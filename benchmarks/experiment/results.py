@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ctrl_dpo.measures.planning import frontier_rows
 from ctrl_dpo.measures.tables import cell as text_of
 from ctrl_dpo.measures.tables import table
 from experiment.cells import JUDGES
+from experiment.learned import learned_share
 from experiment.settings import Experiment
 
 Record = Mapping[str, Any]
@@ -32,13 +34,13 @@ OURS = "optimal"
 SHOWN = ("single_draw", "best_of_4", "best_of_8", "worst_of_4")
 
 
-def cell_rows(task: str, records: Iterable[Record]) -> list[dict[str, Any]]:
+def cell_rows(experiment: Experiment, records: Iterable[Record]) -> list[dict[str, Any]]:
     """Return one row a cell: win rates under both reward models, KL, attainment, length."""
-    rows = []
+    served, rows = experiment.procedure, []
     for record in records:
         cell, measured = record["cell"], record["training"]
         row = {
-            "task": task,
+            "task": experiment.task,
             "ablation": cell["ablation"],
             "method": cell["method"],
             "strength": cell["strength"],
@@ -52,6 +54,8 @@ def cell_rows(task: str, records: Iterable[Record]) -> list[dict[str, Any]]:
         for judge in JUDGES:
             for procedure, rate in record[judge]["win_rates"].items():
                 row |= _interval(f"{judge} {procedure}", rate)
+            share = learned_share([_curve(record, judge, served)], served)
+            row |= _interval(f"{judge} r2", share)
         for procedure, share in measured["attainment"].items():
             row |= _interval(f"attainment {procedure}", share)
         row["length"] = round(measured["length"]["value"], 2)
@@ -67,6 +71,31 @@ def _interval(name: str, numbers: Mapping[str, float] | None) -> dict[str, Any]:
     return {
         name + end: "" if numbers is None else round(numbers[key], 4) for end, key in ends.items()
     }
+
+
+def _curve(record: Record, judge: str, procedure: str) -> Curve:
+    """Return the curve of a single policy."""
+    pair = record[judge]["kl"], record[judge]["win_rates"][procedure]
+    kls, rates = (np.array([numbers["per_prompt"]]) for numbers in pair)
+    return Curve(kls, rates)
+
+
+def learned(experiment: Experiment, records: Iterable[Record]) -> str:
+    """Compare how much of the reward the methods' policies have learned, as a Markdown table."""
+    made = [curves(records, judge, experiment.procedure) for judge in JUDGES]
+    lines = []
+    for method in made[0]:
+        cells = []
+        for found in made:
+            pair = [found[method]]
+            cells.append(text_of(learned_share(pair, experiment.procedure), "{:.3f}"))
+            both = [found[OURS], *pair] if method != OURS and OURS in found else None
+            less = None if both is None else learned_share(both, experiment.procedure)
+            cells.append(text_of(less, "{:+.3f}"))
+        lines.append([method, str(len(made[0][method].kls)), *cells])
+    heads = (f"r2, {judge} reward" for judge in JUDGES)
+    columns = itertools.chain.from_iterable((head, f"{OURS} minus method") for head in heads)
+    return table(["method", "strengths", *columns], lines)
 
 
 def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, Curve]:

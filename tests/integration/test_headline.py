@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy import stats
 
 import ctrl_dpo
 from ctrl_dpo.data.folders import read_rows
@@ -100,6 +101,7 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
         assert record["training"]["n_draws"] == 32
     page = headline.write_results(bench)
     assert "| bonbon " in page
+    assert "Share of the reward that was learned" in page
     policy = next(row for row in page.splitlines() if row.startswith("| bonbon 2, seed 0 "))
     measured = first[1]["training"]
     assert f"| {measured['win_rates']['worst_of_4']['value']:.1%} (" in policy
@@ -132,6 +134,30 @@ def test_results_are_of_every_finished_cell_of_these_settings(bench, experiment)
         found = [r for r in other.finished() if r["cell"]["ablation"] == "main"]
         assert sorted(r["cell"]["method"] for r in found) == sorted(expected)
         assert {r["n_train"] for r in found} <= {6}
+
+
+@pytest.mark.parametrize("procedure", ["single_draw", "best_of_4", "worst_of_4"])
+def test_the_learned_share_is_that_of_normals(parts, procedure):
+    """Share 0.3 at 0.8 nat: the win rate of 400,000 simulated draws; for one draw a closed form."""
+    from experiment.learned import learned_share, share_of
+
+    from ctrl_dpo.measures.equal_kl import Curve
+
+    kl, shift = 0.8, np.sqrt(2 * 0.8 * 0.3)
+    rng = np.random.default_rng(0)
+    pick = {"single_draw": lambda x: x[..., 0], "best_of_4": lambda x: x.max(-1)}
+    pick["worst_of_4"] = lambda x: x.min(-1)
+    mine, theirs = (pick[procedure](rng.normal(size=(400_000, 4))) for _ in range(2))
+    rate = np.mean(mine + shift > theirs)
+    assert share_of(rate, kl, procedure) == pytest.approx(0.3, abs=0.01)
+    if procedure == "single_draw":
+        rate = stats.norm.cdf(shift / np.sqrt(2))
+        assert share_of(rate, kl, procedure) == pytest.approx(0.3, abs=1e-4)
+        assert share_of(1 - rate, kl, procedure) == pytest.approx(-0.3, abs=1e-4)
+    shape = (1, 6)
+    better = Curve(np.full(shape, kl), np.full(shape, rate))
+    found = learned_share([better, Curve(better.kls * 2, better.win_rates)], procedure)
+    assert found["value"] == pytest.approx(share_of(rate, kl, procedure) / 2)
 
 
 def test_a_folder_of_other_prompts_or_rewards_is_refused(bench, experiment):
