@@ -110,16 +110,16 @@ def main() -> None:
     if args.list:
         print("".join(f"{'open' if c in left else 'done'} {c.name}\n" for c in chosen), end="")
         return
-    failed, limit = [], len(left) if args.limit is None else args.limit
+    page, failed, limit = "", [], len(left) if args.limit is None else args.limit
     for cell in [] if args.table else left:
         if limit == 0:
             break
         if run_cell(bench, cell):
             limit -= 1
-            write_results(bench)
+            page = write_results(bench)
         else:
             failed.append(cell.name)
-    print(write_results(bench))
+    print(page or write_results(bench))
     if failed:
         sys.exit(f"not run: {', '.join(failed)}")
 

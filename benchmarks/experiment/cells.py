@@ -26,7 +26,7 @@ from experiment.data import prompts, source, source_name, write_once
 from experiment.methods import METHODS, Job
 from experiment.settings import Cell, Experiment
 
-RECORD, _TRAINED, _REWARD = "record.json", "trained.json", "reward_model.json"
+_RECORD, _TRAINED, _REWARD = "record.json", "trained.json", "reward_model.json"
 JUDGES = ("training", "judging")  # the reward models: what is trained on, what only judges
 _RECIPE = Path(__file__).parents[2] / "recipes" / "train_reward_model.py"
 _TRAIN_SEED, _MEASURE_SEED, _POLICY_SEED = 1, 2, 1000
@@ -67,7 +67,7 @@ class Bench:
             found[judge] = str(output)
             if (output / _REWARD).exists():
                 known = json.loads((output / _REWARD).read_text(encoding="utf-8"))["settings"]
-                if other := {k: known[k] for k, v in wanted.items() if known[k] != v}:
+                if other := {k: known.get(k) for k, v in wanted.items() if known.get(k) != v}:
                     raise ValueError(
                         f"{output} must be of this experiment's settings; it was trained with "
                         f"{other}. Name another --runs."
@@ -121,7 +121,7 @@ class Bench:
         records = []
         for path in sorted((self.folder / "cells").glob("*")):
             if read_record(path).get("complete"):
-                record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+                record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
                 changes = tuple((key, value) for key, value in record["cell"]["changes"])
                 cell = Cell(**{**record["cell"], "changes": changes})
                 # through JSON: tuples are lists there
@@ -139,7 +139,7 @@ class Bench:
         folder = StageFolder(
             self.folder / "cells" / cell.name, "headline", settings, inputs, n_shards=0
         ).open()
-        path = folder.path / RECORD
+        path = folder.path / _RECORD
         if not folder.is_complete:
             trained = self._trained(cell, experiment, folder.path / "adapter")
             start = time.perf_counter()

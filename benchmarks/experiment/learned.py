@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ctrl_dpo.measures.equal_kl import Curve
-from ctrl_dpo.measures.estimates import bootstrap_interval
+from ctrl_dpo.measures.equal_kl import Curve, read_curves
 from ctrl_dpo.theory.procedures import parse_procedure
 
 FloatArray = NDArray[np.float64]
@@ -46,19 +44,6 @@ def share_of(win_rates: FloatArray, kls: FloatArray, procedure: str) -> FloatArr
     return shifts * np.abs(shifts) / (2 * np.maximum(kls, 1e-3))
 
 
-def learned_share(curves: Sequence[Curve], procedure: str, seed: int = 0) -> dict[str, float]:
-    """Return the mean r2 of a method's policies, less that of a second method if there is one.
-
-    The interval is by bootstrap over prompts, for both methods together.
-    """
-    sizes = np.cumsum([len(curve.samples) for curve in curves])[:-1]
-
-    def statistic(*samples: FloatArray, axis: int) -> Any:
-        means = np.stack([sample.mean(axis=axis) for sample in samples])
-        halves = [np.split(part, 2) for part in np.split(means, sizes)]
-        found = [share_of(rates, kls, procedure).mean(axis=0) for kls, rates in halves]
-        return found[0] - found[1] if len(found) > 1 else found[0]
-
-    samples = tuple(sample for curve in curves for sample in curve.samples)
-    low, high = bootstrap_interval(samples, statistic, 0.95, seed)
-    return {"value": float(statistic(*samples, axis=-1)), "low": low, "high": high}
+def learned_share(curves: Sequence[Curve], procedure: str) -> dict[str, float]:
+    """Return the mean r2 of a method's policies, less that of a second method if there is one."""
+    return read_curves(curves, lambda kls, rates: share_of(rates, kls, procedure).mean(axis=0))

@@ -54,7 +54,8 @@ def cell_rows(experiment: Experiment, records: Iterable[Record]) -> list[dict[st
         for judge in JUDGES:
             for procedure, rate in record[judge]["win_rates"].items():
                 row |= _interval(f"{judge} {procedure}", rate)
-            share = learned_share([_curve(record, judge, served)], served)
+            curve = Curve(*(np.array([v]) for v in _per_prompt(record, judge, served)))
+            share = learned_share([curve], served)
             row |= _interval(f"{judge} r2", share)
         for procedure, share in measured["attainment"].items():
             row |= _interval(f"attainment {procedure}", share)
@@ -73,11 +74,10 @@ def _interval(name: str, numbers: Mapping[str, float] | None) -> dict[str, Any]:
     }
 
 
-def _curve(record: Record, judge: str, procedure: str) -> Curve:
-    """Return the curve of a single policy."""
+def _per_prompt(record: Record, judge: str, procedure: str) -> list[list[float]]:
+    """Return a policy's KL and its win rate on each prompt."""
     pair = record[judge]["kl"], record[judge]["win_rates"][procedure]
-    kls, rates = (np.array([numbers["per_prompt"]]) for numbers in pair)
-    return Curve(kls, rates)
+    return [numbers["per_prompt"] for numbers in pair]
 
 
 def learned(experiment: Experiment, records: Iterable[Record]) -> str:
@@ -104,9 +104,8 @@ def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, C
     for record in records:
         cell = record["cell"]
         if cell["ablation"] == "main":
-            measured = record[judge]
-            pair = measured["kl"], measured["win_rates"][procedure]
-            points[cell["method"]][cell["strength"]].append([p["per_prompt"] for p in pair])
+            found = _per_prompt(record, judge, procedure)
+            points[cell["method"]][cell["strength"]].append(found)
     made = {}
     for method, strengths in points.items():
         means = np.array([np.mean(seeds, axis=0) for _, seeds in sorted(strengths.items())])

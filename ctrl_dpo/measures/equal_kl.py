@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -175,14 +176,44 @@ def _interval(
     if not all(curve.covers(kl) for curve in curves):
         return None
     start = untrained_win_rate(procedure, against)
-    sizes = [len(curve.samples) for curve in curves]
+    return read_curves(curves, partial(_at, kl=kl, start=start), confidence, seed)
+
+
+def read_curves(
+    curves: Sequence[Curve],
+    reading: Callable[[FloatArray, FloatArray], FloatArray],
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Read a number off a curve, less that of a second one, with an interval over prompts.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+        One method's policies, or those of two on the same prompts.
+    reading : callable
+        Takes mean KLs (nats) and mean win rates, ``(n_policies, ...)`` each; reduces the first.
+    confidence : float
+        Nominal coverage of the interval, in (0, 1).
+    seed : int
+        Seed of the bootstrap, which resamples prompts for all policies together.
+
+    Returns
+    -------
+    dict
+        ``value``, ``low`` and ``high``.
+
+    Examples
+    --------
+    >>> curve = Curve(np.array([[0.9, 1.1]]), np.array([[0.7, 0.7]]))
+    >>> read_curves([curve], lambda kls, rates: rates[0])
+    {'value': 0.7, 'low': 0.7, 'high': 0.7}
+    """
+    ends = np.cumsum([len(curve.samples) for curve in curves])[:-1]
 
     def statistic(*samples: FloatArray, axis: int) -> Any:
         means = np.stack([sample.mean(axis=axis) for sample in samples])
-        found = [
-            _at(*np.split(part, 2), kl=kl, start=start)
-            for part in np.split(means, np.cumsum(sizes)[:-1])
-        ]
+        found = [reading(*np.split(part, 2)) for part in np.split(means, ends)]
         return found[0] - found[1] if len(found) > 1 else found[0]
 
     samples = tuple(sample for curve in curves for sample in curve.samples)
