@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only say what is done")
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
+    sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # rewards that are functions
     experiment = read_experiment(args.experiment, args.quick)
     name = f"{experiment.task}_quick" if args.quick else experiment.task
     chosen = choose(experiment, args)

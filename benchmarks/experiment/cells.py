@@ -56,32 +56,35 @@ class Bench:
 
     @functools.cached_property
     def reward_models(self) -> dict[str, str]:
-        """Train the two reward models, each on its half of the pairs, unless they are there."""
-        experiment, pairs = self.experiment, self.runs / "pairs.parquet"
-        name = source_name(experiment.pairs, experiment.pairs_hub)
+        """The two rewards: functions, or models that are trained unless they are there."""
+        given = self.experiment.reward
+        if set(given) == set(JUDGES):
+            return dict(given)
+        name = source_name(self.experiment.pairs, self.experiment.pairs_hub)
         write_once(self.runs / "pairs.json", json.dumps({"source": name}) + "\n")
-        found = {}
-        for half, judge in enumerate(JUDGES):
-            output = self.runs / f"reward_{judge}"
-            wanted = {**experiment.reward, "half": half, "seed": half}
-            found[judge] = str(output)
-            if (output / _REWARD).exists():
-                known = json.loads((output / _REWARD).read_text(encoding="utf-8"))["settings"]
-                if other := {k: known.get(k) for k, v in wanted.items() if known.get(k) != v}:
-                    raise ValueError(
-                        f"{output} must be of this experiment's settings; it was trained with "
-                        f"{other}. Name another --runs."
-                    )
-                continue
-            if not pairs.exists():
-                source(experiment.pairs, experiment.pairs_hub).to_parquet(str(pairs))
-            settings = [
-                f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}")
-                for k, v in wanted.items()
-            ]
-            words = [str(_RECIPE), self.model, str(pairs), "--output", str(output), *settings]
-            subprocess.run([sys.executable, *words], check=True)
-        return found
+        return {judge: self._reward_model(judge, half) for half, judge in enumerate(JUDGES)}
+
+    def _reward_model(self, judge: str, half: int) -> str:
+        """Return the folder of a reward model, trained on its half of the pairs."""
+        experiment, pairs = self.experiment, self.runs / "pairs.parquet"
+        output = self.runs / f"reward_{judge}"
+        wanted = {**experiment.reward, "half": half, "seed": half}
+        if (output / _REWARD).exists():
+            known = json.loads((output / _REWARD).read_text(encoding="utf-8"))["settings"]
+            if other := {k: known.get(k) for k, v in wanted.items() if known.get(k) != v}:
+                raise ValueError(
+                    f"{output} must be of this experiment's settings; it was trained with "
+                    f"{other}. Name another --runs."
+                )
+            return str(output)
+        if not pairs.exists():
+            source(experiment.pairs, experiment.pairs_hub).to_parquet(str(pairs))
+        settings = [
+            f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in wanted.items()
+        ]
+        words = [str(_RECIPE), self.model, str(pairs), "--output", str(output), *settings]
+        subprocess.run([sys.executable, *words], check=True)
+        return str(output)
 
     @functools.cached_property
     def all_prompts(self) -> dict[str, Dataset]:

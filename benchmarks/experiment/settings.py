@@ -59,8 +59,6 @@ class Experiment:
     procedure: str
     prompts: str
     prompts_hub: tuple[str, str]
-    pairs: str
-    pairs_hub: tuple[str, str]
     n_train: int
     n_held_out: int
     max_prompt_tokens: int
@@ -71,6 +69,8 @@ class Experiment:
     reward: Mapping[str, Any]
     training: Mapping[str, Any]
     kls: tuple[float, ...]
+    pairs: str = ""  # of the reward models; unused where rewards are functions
+    pairs_hub: tuple[str, str] = ("", "")
     extremes: int | None = None
     anchor: float = 0.0
     loss: str = "squared"
