@@ -3,8 +3,8 @@
 A regression on targets by rank fits, with many prompts, the targets smoothed by Bernstein's kernel.
 This computes the inference-time win rate and KL of that smoothed policy, exactly: with the penalty
 of the exact optimum, and with the penalty at which the smoothed policy itself pays the budget, so
-that win rates compare at equal KL. The last column is what the contrastive loss (anchor 0) makes of
-rank targets, which are meant for anchor 1.
+that win rates compare at equal KL. A contrastive loss (anchor 0) fits k / (k - 1) times the
+smoothed targets, which `relabel` takes into account: its policy is that of the last column.
 
     python benchmarks/rank_targets.py [PROCEDURE] [KL]
 """
@@ -61,8 +61,9 @@ def main(procedure: str = "best_of_4", kl: float = 1.0) -> None:
         targets |= {
             f"{name}, at budget": at_budget(t, procedure, kl) for name, t in targets.items()
         }
-        targets["rank_optimal"] = RankOptimal(served, served, beta, kl).targets(k, True).values
-        targets["rank_optimal, contrastive"] = targets["rank_optimal"] * k / (k - 1)
+        targets["rank_optimal"] = RankOptimal(served, served, beta, kl, 1.0).targets(k, True).values
+        contrastive = RankOptimal(served, served, beta, kl, 0.0).targets(k, True).values
+        targets["rank_optimal, anchor 0"] = contrastive * k / (k - 1)
         for name, values in targets.items():
             win, reached = fitted(values, procedure)
             row = {"procedure": procedure, "budget_kl": kl, "k": k, "estimator": name}
@@ -70,7 +71,7 @@ def main(procedure: str = "best_of_4", kl: float = 1.0) -> None:
     print(f"{procedure}, budget {kl:g} nat: the exact optimum wins {optimum:.3f}\n")
     print(
         "| draws a prompt | plug-in | posterior mean | plug-in, at the budget "
-        "| posterior mean, at the budget | rank targets | rank targets, anchor 0 |"
+        "| posterior mean, at the budget | rank targets | rank targets of anchor 0, by its loss |"
     )
     print("|" + "---|" * 7)
     for k in DRAWS:

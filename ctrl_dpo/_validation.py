@@ -20,6 +20,15 @@ def check_positive(name: str, value: object) -> float:
     return float(value)
 
 
+def check_weight(name: str, value: object) -> float:
+    """Return ``value`` as a float, or raise unless it is finite and at least zero."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number >= 0; got {value!r}.")
+    if not (math.isfinite(value) and float(value) >= 0):
+        raise ValueError(f"{name} must be finite and >= 0; got {value!r}.")
+    return float(value)
+
+
 def check_integer(name: str, value: object, minimum: int, owner: str = "") -> int:
     """Return ``value`` as an int, or raise unless it is an integer of at least ``minimum``."""
     suffix = f" for {owner}" if owner else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from ctrl_dpo._validation import (
     check_integer,
     check_one_of,
     check_positive,
+    check_weight,
 )
 from ctrl_dpo.calibrate import METHODS, RewardCalibrator
 from ctrl_dpo.data import columns
@@ -44,6 +46,7 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     estimator: str | None = None,
     against: str | Procedure | None = None,
     extremes: int | None = None,
+    anchor: float = 0.0,
     **map_options: Any,
 ) -> Dataset:
     r"""Add calibrated and transformed rewards to scored groups.
@@ -90,6 +93,11 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         its draws: they tell a trainer most for their tokens. A regression on the ends alone fits a
         curve that is bent there: next to nothing for worst-of-N, but with much data one or two
         points of win rate for best-of-N (``benchmarks/partial_fit.py``), which all draws have.
+        Its policy pays another KL than the budget, a larger one if it learns the labels.
+    anchor : float
+        Anchor of the squared loss that will fit the labels, >= 0, as in
+        :class:`ctrl_dpo.CTRLDPOConfig`. ``"rank_optimal"`` labels differ with it and name it in a
+        column, unless ``reference_rewards`` or ``extremes`` are given.
     **map_options
         For ``datasets.map``, such as ``num_proc=4`` or ``batch_size=1000``.
 
@@ -97,7 +105,7 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     -------
     Dataset or IterableDataset
         The rows in their order with ``calibrated_rewards`` and ``transformed_rewards`` (lists),
-        ``log_normaliser``, ``beta``, ``procedure`` and ``transformation``.
+        ``log_normaliser``, ``beta``, ``procedure`` and ``transformation``, perhaps ``anchor``.
 
     Raises
     ------
@@ -134,6 +142,10 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     elif calibration.method != "empirical":
         estimator = check_choice("estimator", estimator or "plug_in", ["plug_in"])
     settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
+    if isinstance(settings["estimator"], RankOptimal):
+        weight = check_weight("anchor", anchor)
+        apart = extremes is not None or columns.REFERENCE_REWARDS in found
+        settings["estimator"] = replace(settings["estimator"], anchor=None if apart else weight)
     if calibration.method == "empirical":
         made = add_columns(groups, found, settings, map_options)
     else:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ctrl_dpo.commands.options import (
+    Anchor,
     AttributeWeight,
     Beta,
     Calibration,
@@ -89,6 +90,7 @@ def relabel(
     calibration: Calibration = "empirical",
     min_effective_sample_size: MinEffectiveSampleSize = 2.0,
     extremes: Extremes = None,
+    anchor: Anchor = 0.0,
     reward: ScoreFirst = None,
     layout: Layout = "auto",
     column: Column = None,
@@ -115,6 +117,7 @@ def relabel(
         "beta": beta,
         "estimator": estimator,
         "extremes": extremes,
+        "anchor": anchor,
     }
     calibrator = RewardCalibrator(calibration, min_effective_sample_size)
     pairing = {"pairs": pairs, "ties": ties}

@@ -57,6 +57,7 @@ Estimator = Annotated[
 Extremes = Annotated[
     int | None, typer.Option(help="Keep only so many best and worst responses of each group.")
 ]
+Anchor = Annotated[float, typer.Option(help="Anchor of the squared loss that will fit them.")]
 Pairs = Annotated[
     str | None,
     typer.Option(help="Write pairs: best_worst, adjacent, all, random:N or margin:T."),

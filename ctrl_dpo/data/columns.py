@@ -25,6 +25,7 @@ EFFECTIVE_SAMPLE_SIZE = "effective_sample_size"  # of weighted calibration, in d
 BETA = "beta"
 PROCEDURE = "procedure"
 TRANSFORMATION = "transformation"
+ANCHOR = "anchor"  # of the loss that labels by rank are meant for
 
 # pairs and groups
 WEIGHT = "weight"  # of the row in the loss; 1 where there is no such column

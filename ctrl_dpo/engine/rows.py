@@ -79,6 +79,7 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
         beta=config.beta,
         target_kl=config.target_kl,
         calibration=config.calibration,
+        anchor=config.anchor,
     )
 
 
@@ -136,7 +137,8 @@ def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
     hard = config.loss in HARD_LABEL_LOSSES
     if hard and config.beta is not None:
         return config.beta  # the baseline's own; only the order of its pairs is used
-    for column, wanted in ((columns.PROCEDURE, config.procedure), (columns.BETA, config.beta)):
+    wanted_of = {columns.PROCEDURE: config.procedure, columns.BETA: config.beta}
+    for column, wanted in {**wanted_of, columns.ANCHOR: config.anchor}.items():
         found = dataset.unique(column) if column in dataset.column_names else []
         if len(found) > 1:
             raise ValueError(

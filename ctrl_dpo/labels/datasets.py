@@ -12,7 +12,7 @@ from ctrl_dpo._validation import check_columns
 from ctrl_dpo.calibrate import RewardCalibrator
 from ctrl_dpo.data import columns
 from ctrl_dpo.labels.calibrated import calibrated_columns
-from ctrl_dpo.labels.groups import ADDED, relabel_batch
+from ctrl_dpo.labels.groups import ADDED, anchor_of, relabel_batch
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
         | {name: Value("float64") for name in (columns.LOG_NORMALISER, columns.BETA)}
         | {name: Value("string") for name in _TEXTS}
     )
+    if anchor_of(settings["estimator"]) is not None:
+        features[columns.ANCHOR] = Value("float64")
     groups = groups.remove_columns([name for name in ADDED if name in found])
     if not isinstance(groups, Dataset):
         return _add_to_stream(groups, features, settings)
@@ -120,8 +122,8 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
         raise ValueError("groups must have at least one row; got 0. Check the file and filters.")
     needed = (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS)
     read = [name for name in needed if name in found]
-    numbers = groups.select_columns(read)
-    made = numbers.with_format("arrow").map(
+    scored = groups.select_columns(read)
+    made = scored.with_format("arrow").map(
         relabel_batch,
         batched=True,
         with_indices=True,
@@ -130,7 +132,7 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
         features=features,
         **{"desc": "relabel", **options},
     )
-    _warn_of_few_draws(numbers, columns.REFERENCE_REWARDS in found)
+    _warn_of_few_draws(scored, columns.REFERENCE_REWARDS in found)
     return concatenate_datasets([groups, made.with_format(None)], axis=1)
 
 

@@ -23,6 +23,7 @@ ADDED = (
     columns.BETA,
     columns.PROCEDURE,
     columns.TRANSFORMATION,
+    columns.ANCHOR,
     columns.EFFECTIVE_SAMPLE_SIZE,
 )
 
@@ -50,7 +51,8 @@ def relabel_batch(
     Returns
     -------
     pyarrow.Table
-        The columns :data:`ADDED`, but for the last, which weighted calibration has.
+        The columns :data:`ADDED`, but for the last, which weighted calibration has, and without
+        ``anchor`` where the labels are the same for any.
 
     Raises
     ------
@@ -92,7 +94,14 @@ def relabel_batch(
         columns.PROCEDURE: pa.array([procedure] * n),
         columns.TRANSFORMATION: pa.array([str(transformation)] * n),
     }
+    if anchor_of(estimator) is not None:
+        constant[columns.ANCHOR] = pa.array(np.full(n, anchor_of(estimator)))
     return pa.table(lists | constant)
+
+
+def anchor_of(estimator: str | RankOptimal) -> float | None:
+    """Return the anchor of the loss that the labels are meant for, if they are for one."""
+    return estimator.anchor if isinstance(estimator, RankOptimal) else None
 
 
 def _check_lengths(rewards: Ragged, responses: IntArray, indices: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -42,6 +42,29 @@ class RankTargets:
     values: FloatArray
     win_rate: float
     kl: float
+
+    def fitted_with(self, anchor: float) -> RankTargets:
+        r"""Return the targets by which a squared loss of this anchor fits the same policy.
+
+        .. math:: t'_j = \bar t + \frac{k - 1 + w}{k} (t_j - \bar t)
+
+        The ranks of a group of k draws add up to a constant. So, in the limit of many prompts, a
+        loss that weighs the group mean w fits k / (k - 1 + w) times the smoothed targets.
+
+        Parameters
+        ----------
+        anchor : float
+            Weight w of the group mean, >= 0.
+
+        Returns
+        -------
+        RankTargets
+            For a draw among k; win rate and KL as before.
+        """
+        mean = self.values.mean()
+        scaled = mean + (self.values.size - 1 + anchor) / self.values.size * (self.values - mean)
+        scaled.setflags(write=False)
+        return replace(self, values=scaled)
 
     def at(self, below: NDArray[np.int64], tied: NDArray[np.int64], inside: bool) -> FloatArray:
         """Return the target of responses by their counts, tied ones sharing their ranks' mean."""
@@ -92,10 +115,9 @@ def rank_targets(
 
     Notes
     -----
-    Exact for the pointwise regression (``anchor=1``) in the limit of many prompts. The contrastive
-    one (``anchor=0``) fits k / (k - 1) times these log-ratios, since the ranks of one group add up
-    to a constant. The objective is maximised from several starts; its maximiser is not proved
-    unique.
+    Exact in the limit of many prompts for the pointwise regression (``anchor=1``), and for a new
+    response with any anchor; for a draw see :meth:`RankTargets.fitted_with`. The objective is
+    maximised from several starts; its maximiser is not proved unique.
 
     Examples
     --------
@@ -243,18 +265,25 @@ class RankOptimal:
         Strength of the KL penalty, used where there is no budget.
     kl : float, optional
         KL budget of the fitted policy, nats.
+    anchor : float, optional
+        Of the squared loss that fits the targets to all draws of a group; None for a loss that sees
+        some of them, which no factor makes exact.
     """
 
     procedure: Procedure
     against: Procedure
     beta: float
     kl: float | None = None
+    anchor: float | None = 0.0
 
     def targets(self, k: int, inside: bool) -> RankTargets:
         """Return the targets for ``k`` draws; a draw alone has no rank and the target 0."""
         if inside and k == 1:
             return RankTargets(np.zeros(1), 0.5, 0.0)
-        return _of_budget(self, k, inside)
+        found = _of_budget(self, k, inside)
+        if self.anchor is None or not inside:
+            return found
+        return found.fitted_with(self.anchor)
 
 
 @lru_cache(maxsize=4096)

@@ -21,7 +21,7 @@ SCRIPTS = sorted(RECIPES.rglob("*.sh"))
 
 def test_all_recipe_files_are_covered():
     assert len(CONFIGS) == 2
-    assert len(EXPERIMENTS) == 2
+    assert len(EXPERIMENTS) == 3
     names = ["cpu_2proc", "fsdp2", "multi_gpu", "single_gpu", "zero2"]
     assert [path.stem for path in LAUNCHES] == names
     assert len(SCRIPTS) == 7
@@ -47,6 +47,9 @@ def test_every_experiment_builds_and_names_its_cells_once(path, quick, monkeypat
     first = path.read_text().splitlines()[0]
     assert first.startswith(f"# python benchmarks/headline.py recipes/configs/{path.name}")
     experiment = read_experiment(path, quick)
+    harmless = read_experiment(RECIPES / "configs" / "headline_harmless.yaml")
+    # experiments in one folder share reward models, so their pairs must be the same
+    assert not experiment.pairs or experiment.pairs_hub == harmless.pairs_hub
     assert experiment.procedure in experiment.measured
     cells = list(experiment.cells())
     assert len({cell.name for cell in cells}) == len(cells)

@@ -84,7 +84,8 @@ def test_the_budget_decides_beta():
 def test_relabelling_twice_replaces_the_labels():
     once = relabel(groups([1.0, 2.0]), **IDENTITY, beta=1.0)
     twice = relabel(once, procedure="best_of_4", beta=0.1)
-    assert twice.column_names == once.column_names
+    assert twice.column_names == [*once.column_names, "anchor"]
+    assert relabel(twice, **IDENTITY, beta=1.0).column_names == once.column_names
     assert twice.to_dict() == relabel(groups([1.0, 2.0]), procedure="best_of_4", beta=0.1).to_dict()
 
 
