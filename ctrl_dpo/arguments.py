@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.data.disk import exclusive
@@ -105,6 +106,31 @@ def parse_arguments(
     parser = HfArgumentParser((AdapterArguments, CTRLDPOConfig), prog="ctrl-dpo train")
     adapter, training = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     return adapter, training
+
+
+def changed_words(settings: Mapping[str, Any]) -> list[str]:
+    """Return the words that :func:`parse_arguments` reads these settings from.
+
+    Parameters
+    ----------
+    settings : mapping
+        Values by key, as ``stage.json`` holds them.
+
+    Returns
+    -------
+    list of str
+        ``--key value`` of every setting that is not at the default of its field; a default that
+        depends on the device is given.
+    """
+    fields = [f for cls in (AdapterArguments, CTRLDPOConfig) for f in _fields(cls)]
+    defaults = {
+        f.name: f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        for f in fields
+    }
+    # what None stands for, less what transformers keeps out of the settings too
+    accelerator = AcceleratorConfig().to_dict().items()
+    defaults["accelerator_config"] = {k: v for k, v in accelerator if k != "use_configured_state"}
+    return list(_words({k: v for k, v in settings.items() if v != defaults[k]}))
 
 
 @contextmanager

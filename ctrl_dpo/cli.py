@@ -83,6 +83,7 @@ def train(
     from ctrl_dpo.arguments import open_run, parse_arguments
     from ctrl_dpo.data.folders import read_rows
     from ctrl_dpo.engine.checkpoints import list_checkpoints
+    from ctrl_dpo.engine.footprint import weight_footprint
     from ctrl_dpo.engine.processes import on_main
     from ctrl_dpo.train import CTRLDPOTrainer
 
@@ -94,7 +95,10 @@ def train(
             found = bool(list_checkpoints(folder.path))
             result = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or found)
             trainer.save_model()
-            on_main(lambda: folder.finish(trainer.data_counts | result.metrics))
+            told = trainer.data_counts | result.metrics
+            told["dtype"] = str(trainer.model.dtype).removeprefix("torch.")
+            told["weights"] = weight_footprint(trainer.model)
+            on_main(lambda: folder.finish(told | {"run": trainer.run}))
         on_main(lambda: finished(folder.path))
 
 
@@ -108,13 +112,20 @@ def report(
         list[Path] | None, typer.Argument(help="Folders of `ctrl-dpo evaluate`.")
     ] = None,
     training: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER of `ctrl-dpo train`, for its curves.")
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER of `ctrl-dpo train`: curves and card."),
     ] = None,
     labels: Annotated[
         list[Path] | None, typer.Option(help="Folder of `ctrl-dpo relabel`; repeatable.")
     ] = None,
 ) -> None:
-    """Write report.md and its pictures from evaluations of policies, or of labels alone."""
+    """Write report.md and its pictures from evaluations of policies, or of labels alone.
+
+    Beside them go cards for the hub, offline and without any prompt or response: one for every
+    evaluated policy, which tells more where --training names its folder by the evaluation's name,
+    and one for every folder of labels.
+    """
+    from ctrl_dpo.cards import write_cards
     from ctrl_dpo.report import label_summaries, report_inputs
     from ctrl_dpo.report import report as run
 
@@ -124,6 +135,8 @@ def report(
     logs = dict(part.split("=", 1) for part in training or [])
     summaries = label_summaries(labels or [])
     typer.echo(run(output, records, labels=summaries, **report_inputs(records, logs)))
+    for card in write_cards(output, records, logs, labels or []):
+        typer.echo(card)
 
 
 @app.command()

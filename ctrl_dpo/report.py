@@ -283,7 +283,7 @@ def _page(
     labels: Mapping[str, Record],
 ) -> str:
     """Compose the page."""
-    sections = _evaluation_sections(records) if records else {}
+    sections = evaluation_sections(records) if records else {}
     for name, summary in labels.items():
         sections[f"Labels of {name}"] = table(["", "value"], figures(summary))
     if pictures:
@@ -295,8 +295,19 @@ def _page(
     return "\n".join(f"## {title}\n\n{text}\n" for title, text in sections.items())
 
 
-def _evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
-    """Compose what evaluations tell."""
+def evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
+    """Compose what evaluations tell.
+
+    Parameters
+    ----------
+    records : sequence of mapping
+        Records of :func:`~ctrl_dpo.evaluate.evaluate`; several are compared.
+
+    Returns
+    -------
+    dict of str to str
+        Markdown by title.
+    """
     first = records[0]
     served = (
         f"what {plots.words(first['against'])} serves" if first["against"] else "what it serves"

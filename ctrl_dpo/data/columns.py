@@ -51,3 +51,27 @@ PER_RESPONSE = (
     CALIBRATED_REWARDS,
     TRANSFORMED_REWARDS,
 )
+
+# for people
+MEANINGS = {
+    PROMPT: "what the model was asked: text or messages",
+    RESPONSES: "responses to the prompt",
+    REWARDS: "reward of each response",
+    REFERENCE_REWARDS: "rewards of draws of the reference policy to the same prompt",
+    REFERENCE_LOGPS: "log-probability of each response under the reference policy, nats",
+    RESPONSE_IDS: "tokens of each response, as drawn",
+    FINISHED: "whether each response ended before the length limit",
+    SAMPLER_LOGPS: "log-probability of each response under the sampler, nats",
+    SAMPLED_FROM: "model, chat template and sampler that drew the responses",
+    CALIBRATED_REWARDS: "share of the reference policy's responses that each one beats",
+    TRANSFORMED_REWARDS: "calibrated rewards, transformed for the procedure",
+    LOG_NORMALISER: "logarithm of the mean of exp(transformed reward / beta)",
+    EFFECTIVE_SAMPLE_SIZE: "what weighted draws are worth, in draws",
+    BETA: "strength of the KL penalty",
+    PROCEDURE: "how the trained policy will be used",
+    TRANSFORMATION: "transformation of the calibrated rewards",
+    WEIGHT: "weight of the row in the loss",
+    CHOSEN: "response with the larger transformed reward",
+    REJECTED: "response with the smaller transformed reward",
+    MARGIN: "difference of the transformed rewards",
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ctrl_dpo import CTRLDPOTrainer, inference_win_rate, kl_divergence
+from ctrl_dpo.arguments import parse_arguments
 from ctrl_dpo.cli import app, main
 from ctrl_dpo.data.folders import read_record
 
@@ -80,7 +82,8 @@ def all_stages(runs, model) -> list[str]:
     served = ["--procedure", "single_draw", "--procedure", "best_of_2"]
     do("evaluate", *sides, "--name", "ours", "--output", runs / "evaluation", *served)
     curves = ["--training", f"ours={runs / 'adapter'}"]
-    do("report", runs / "evaluation", "--output", runs / "report", *curves)
+    shown = [*curves, "--labels", runs / "groups"]
+    do("report", runs / "evaluation", "--output", runs / "report", *shown)
     return outputs
 
 
@@ -119,9 +122,34 @@ def test_all_stages(runs, tiny_model_folder):
 
     page = (runs / "report" / "report.md").read_text()
     pictures = {path.name for path in (runs / "report").glob("*.png")}
-    assert pictures == {"frontier.png", "rewards.png", "calibration.png", "training.png"}
+    drawn = {"frontier.png", "rewards.png", "calibration.png", "training.png"}
+    assert pictures == drawn | {"labels0.png"}
     assert all(f"({name})" in page for name in pictures)
     assert f"{rate.value:.1%}" in page
+
+
+def test_the_model_card_tells_the_run(runs):
+    card = (runs / "report" / "model_card.md").read_text()
+    cells = [[c.strip() for c in line.split("|")[1:3]] for line in card.splitlines() if "|" in line]
+    told, made = dict(cells), read_record(runs / "adapter")
+    assert told["KL budget (nats)"] == "0.5"
+    assert told["procedure"] == "best_of_2"
+    beta = datasets.load_dataset(str(runs / "groups"), split="train")["beta"][0]
+    assert told["beta"] == f"{beta:.4g}"
+    # what was in memory: int8 with a float32 scale a row, the rest in float32
+    assert 8 < float(told["linear"]) < 10
+    assert told["embedding"] == told["adapter"] == told["other"] == "32.00"
+    assert "activations are float32" in card
+    # the command holds all settings that decide the weights
+    (line,) = (line for line in card.splitlines() if line.startswith("ctrl-dpo train "))
+    words = shlex.split(line)[4:]
+    words[words.index("--output_dir") + 1] = str(runs / "elsewhere")
+    adapter, args = parse_arguments(None, words)
+    settings = json.loads(json.dumps(args.to_dict() | vars(adapter)))
+    decisive = made["summary"]["run"].keys() & made["settings"].keys()
+    assert {"loss", "anchor", "learning_rate", "load_in_8bit", "max_steps"} < decisive
+    assert {k: settings[k] for k in decisive} == {k: made["settings"][k] for k in decisive}
+    assert settings["lora_r"] == 8
 
 
 def test_a_second_run_repeats_nothing(runs, tiny_model_folder, monkeypatch):

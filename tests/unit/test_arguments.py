@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ctrl_dpo.arguments import AdapterArguments, parse_arguments
+from ctrl_dpo.arguments import AdapterArguments, changed_words, parse_arguments
 
 
 @pytest.fixture
@@ -60,3 +60,20 @@ def test_the_adapter_is_what_it_says():
 def test_bad_files_are_named(write, text, error, message, tmp_path):
     with pytest.raises(error, match=message):
         parse_arguments(write(text), ["--output_dir", str(tmp_path)])
+
+
+def test_changed_words_give_the_settings_again(tmp_path):
+    place = ["--output_dir", str(tmp_path)]
+    words = ["--loss", "softmax", "--beta", "0.5", "--lora_target_modules", "q_proj", "v_proj"]
+    words += ["--lr_scheduler_kwargs", '{"num_cycles": 2}', "--load_in_8bit", "true", *place]
+    adapter, args = parse_arguments(None, words)
+    names = ("loss", "beta", "lr_scheduler_kwargs", "load_in_8bit", "optim", "model_dtype", "seed")
+    names += ("accelerator_config", "gradient_checkpointing", "share_prompt")
+    settings = {name: args.to_dict()[name] for name in names} | vars(adapter)
+    found = changed_words(settings)
+    again, parsed = parse_arguments(None, [*found, *place])
+    assert {name: parsed.to_dict()[name] for name in names} | vars(again) == settings
+    given = {word for word in found if word.startswith("--")}
+    # what the device decides is given too
+    assert {"--model_dtype", "--optim", "--loss", "--beta"} < given
+    assert given.isdisjoint({"--seed", "--share_prompt", "--lora_r", "--accelerator_config"})
