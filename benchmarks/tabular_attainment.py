@@ -27,7 +27,7 @@ def cells() -> list[tuple[str, str, str, float]]:
     """List data, loss, procedure and the loss's number: anchor, or beta of DPO."""
     made = [(EXACT, loss, p, anchor) for loss, anchor in tabular.FITS for p in tabular.BETAS]
     made += [
-        (d, loss, p, 0.0) for d in (GROUPS, PAIRS) for loss in tabular.RATES for p in tabular.BETAS
+        (d, loss, p, 0.0) for d in (GROUPS, PAIRS) for loss in tabular.LOSSES for p in tabular.BETAS
     ]
     return made + [(HARD, "dpo", p, beta) for p in tabular.BETAS for beta in tabular.HARD_BETAS]
 

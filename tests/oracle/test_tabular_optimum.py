@@ -11,17 +11,17 @@ from tabular import (
     BETAS,
     FITS,
     HARD_BETAS,
-    RATES,
+    LOSSES,
     drawn_share,
     exact_share,
     hard_label_share,
 )
 
-DRAWN = [
-    (("pairs", "groups")[(i + j) % 2], loss, procedure)
-    for i, loss in enumerate(RATES)
-    for j, procedure in enumerate(BETAS)
-]
+GROUPS = {("squared", "best_of_4"), ("softmax", "single_draw"), ("soft_label", "worst_of_4")}
+DRAWN = [(loss, procedure) for loss in LOSSES for procedure in BETAS]
+
+# long fits, of what other tests cover
+pytestmark = pytest.mark.no_cover
 
 
 @pytest.mark.parametrize("procedure", BETAS)
@@ -30,8 +30,9 @@ def test_exact_labels_reach_the_optimum(loss, anchor, procedure, tmp_path):
     assert exact_share(tmp_path, loss, anchor, procedure) > 0.999
 
 
-@pytest.mark.parametrize(("form", "loss", "procedure"), DRAWN)
-def test_draws_come_within_a_hundredth(form, loss, procedure, tmp_path):
+@pytest.mark.parametrize(("loss", "procedure"), DRAWN)
+def test_draws_come_within_a_hundredth(loss, procedure, tmp_path):
+    form = "groups" if (loss, procedure) in GROUPS else "pairs"
     assert drawn_share(tmp_path, loss, form, procedure) > 0.99
 
 
