@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 
 from ctrl_dpo import (
     Optimal,
@@ -199,6 +199,16 @@ def test_conversations_stay_conversations():
     assert row["prompt"] == turn
     assert row["chosen"] == [{"role": "assistant", "content": "answer 0 1"}]
     assert row["rejected"] == [{"role": "assistant", "content": "answer 0 0"}]
+
+
+def test_text_of_pandas_stays_text():
+    data = groups([0.0, 1.0]).cast_column("prompt", Value("large_string"))
+    (row,) = pairs(relabel(data, **IDENTITY, beta=1.0))
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (
+        "question 0",
+        "answer 0 1",
+        "answer 0 0",
+    )
 
 
 def test_ties_duplicates_and_single_responses_are_counted():
