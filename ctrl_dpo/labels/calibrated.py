@@ -9,11 +9,12 @@ import pyarrow as pa
 
 from ctrl_dpo.calibrate import RewardCalibrator
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.ragged import Ragged, read_floats, to_lists
+from ctrl_dpo.data.ragged import IntArray, Ragged, read_floats, to_lists
+from ctrl_dpo.labels.groups import check_lengths
 
 
 def calibrated_columns(
-    table: pa.Table, calibrator: RewardCalibrator, transformation: Any
+    table: pa.Table, responses: IntArray, calibrator: RewardCalibrator, transformation: Any
 ) -> pa.Table:
     """Return calibrated and transformed rewards of a whole dataset.
 
@@ -22,6 +23,8 @@ def calibrated_columns(
     table : pyarrow.Table
         ``rewards``; ``reference_rewards`` where the responses are not the draws; for ``weighted``
         ``reference_logps`` and ``sampler_logps``, nats; for ``pooled`` perhaps ``prompt_features``.
+    responses : (n_rows,) ndarray of int
+        Responses of each row.
     calibrator : RewardCalibrator
         Of method ``pooled`` or ``weighted``; a copy of it is fitted.
     transformation : Transformation
@@ -36,19 +39,21 @@ def calibrated_columns(
     Raises
     ------
     ValueError
-        If a transformed reward is infinite, or features differ in number between prompts.
+        If a transformed reward is infinite, a row has not as many rewards or log-probabilities as
+        responses, or features differ in number between prompts.
     """
     rows = list(range(len(table)))
     rewards = read_floats(table, columns.REWARDS, rows)
+    check_lengths(columns.REWARDS, rewards, responses, rows)
     inside = columns.REFERENCE_REWARDS not in table.column_names
     reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, rows)
     weights, features = None, None
     if calibrator.method == "weighted":
-        logs = [
-            read_floats(table, name, rows).values
-            for name in (columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS)
-        ]
-        weights = _rows(Ragged(logs[0] - logs[1], reference.lengths))
+        names = columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS
+        logs = [read_floats(table, name, rows) for name in names]
+        for name, values in zip(names, logs, strict=True):
+            check_lengths(name, values, responses, rows)
+        weights = _rows(Ragged(logs[0].values - logs[1].values, rewards.lengths))
     elif columns.PROMPT_FEATURES in table.column_names:
         features = _matrix(read_floats(table, columns.PROMPT_FEATURES, rows))
     fitted = RewardCalibrator(**calibrator.get_params()).fit(_rows(reference), weights, features)

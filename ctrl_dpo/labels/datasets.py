@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from ctrl_dpo._validation import check_columns
 from ctrl_dpo.calibrate import RewardCalibrator
 from ctrl_dpo.data import columns
+from ctrl_dpo.data.ragged import IntArray, lengths_of
 from ctrl_dpo.labels.calibrated import calibrated_columns
 from ctrl_dpo.labels.groups import ADDED, relabel_batch
 
@@ -46,7 +47,8 @@ def add_calibrated(
     TypeError
         If the groups are a stream.
     ValueError
-        If ``weighted`` meets rewards of other draws than those that its weights are of.
+        If there is no row, or ``weighted`` meets rewards of other draws than those that its weights
+        are of.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -64,11 +66,13 @@ def add_calibrated(
         raise TypeError(
             f"groups must be a Dataset for calibration={method!r}; got {type(groups).__name__}."
         )
+    _check_not_empty(groups)
     groups = groups.remove_columns([name for name in ADDED if name in found])
     others = (columns.REFERENCE_REWARDS, columns.PROMPT_FEATURES)
     read = [*needed, *(name for name in others if name in found)]
     table = groups.select_columns(read).with_format("arrow")[:]
-    made = calibrated_columns(table, calibrator, settings["transformation"])
+    responses = _count_responses(groups)
+    made = calibrated_columns(table, responses, calibrator, settings["transformation"])
     beta = settings["beta"]
     constant = {
         columns.LOG_NORMALISER: settings["transformation"].log_normaliser(beta),
@@ -79,6 +83,20 @@ def add_calibrated(
     for name, value in constant.items():
         made = made.append_column(name, [[value] * len(groups)])
     return concatenate_datasets([groups, Dataset(made)], axis=1)
+
+
+def _check_not_empty(groups: Any) -> None:
+    if len(groups) == 0:
+        raise ValueError("groups must have at least one row; got 0. Check the file and filters.")
+
+
+def _count_responses(groups: Any) -> IntArray:
+    """Return the number of responses of each row, without all their texts in memory."""
+    lengths, start = [], 0
+    for table in groups.select_columns([columns.RESPONSES]).with_format("arrow").iter(1000):
+        lengths.append(lengths_of(table, columns.RESPONSES, list(range(start, start + len(table)))))
+        start += len(table)
+    return np.concatenate(lengths)
 
 
 def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options: Any) -> Any:
@@ -116,8 +134,7 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
     groups = groups.remove_columns([name for name in ADDED if name in found])
     if not isinstance(groups, Dataset):
         return _add_to_stream(groups, features, settings)
-    if len(groups) == 0:
-        raise ValueError("groups must have at least one row; got 0. Check the file and filters.")
+    _check_not_empty(groups)
     needed = (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS)
     read = [name for name in needed if name in found]
     numbers = groups.select_columns(read)

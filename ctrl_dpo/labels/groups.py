@@ -58,7 +58,7 @@ def relabel_batch(
         If a reward is not finite or missing, or a prompt has no reference reward.
     """
     rewards = read_floats(table, columns.REWARDS, indices)
-    _check_lengths(rewards, lengths_of(table, columns.RESPONSES, indices), indices)
+    check_lengths(columns.REWARDS, rewards, lengths_of(table, columns.RESPONSES, indices), indices)
     inside = columns.REFERENCE_REWARDS not in table.column_names
     reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, indices)
     _check_reference(reference, inside, indices)
@@ -95,14 +95,31 @@ def relabel_batch(
     return pa.table(lists | constant)
 
 
-def _check_lengths(rewards: Ragged, responses: IntArray, indices: list[int]) -> None:
-    """Raise unless every response of a row has a reward."""
-    unequal = rewards.lengths != responses
+def check_lengths(name: str, values: Ragged, responses: IntArray, indices: list[int]) -> None:
+    """Check that every response of a row has an entry.
+
+    Parameters
+    ----------
+    name : str
+        The column.
+    values : Ragged
+        What it holds.
+    responses : (n_rows,) ndarray of int
+        Responses of each row.
+    indices : list of int
+        Row numbers, for the error.
+
+    Raises
+    ------
+    ValueError
+        If a row has more or fewer entries than responses.
+    """
+    unequal = values.lengths != responses
     if unequal.any():
         i = int(np.argmax(unequal))
         raise ValueError(
-            f"rewards must have one entry per response; got {rewards.lengths[i]} for "
-            f"{responses[i]} responses at row {indices[i]}. Score that row again or drop it."
+            f"{name} must have one entry per response; got {values.lengths[i]} for "
+            f"{responses[i]} responses at row {indices[i]}. Mend that row or drop it."
         )
 
 

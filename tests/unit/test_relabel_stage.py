@@ -329,11 +329,30 @@ def test_weighted_calibration_of_a_dataset():
         relabel(data.to_iterable_dataset(), **IDENTITY, beta=1.0, calibration="pooled")
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("rewards", "pooled"), ("reference_logps", "weighted"), ("sampler_logps", "weighted")],
+)
+def test_every_response_has_what_calibrates_it(name, method):
+    lists = {n: [[0.0, 0.0], [0.0] * 3] for n in ("rewards", "reference_logps", "sampler_logps")}
+    texts = [["a", "b"], ["c", "d", "e"]]
+    data = groups(*lists["rewards"], **lists | {"responses": texts})
+    found = relabel(data, **IDENTITY, beta=1.0, calibration=method)["calibrated_rewards"]
+    assert found[:] == [[0.5, 0.5], [0.5] * 3]
+    # as many in all, but one that belongs to the second prompt is given to the first
+    shifted = data.remove_columns(name).add_column(name, lists[name][::-1])
+    message = f"{name} must have one entry per response; got 3 for 2 responses at row 0"
+    with pytest.raises(ValueError, match=message):
+        relabel(shifted, **IDENTITY, beta=1.0, calibration=method)
+
+
 def test_prompt_features_reach_the_pooled_calibrator(rng):
     features = rng.normal(size=(30, 2))
     rewards = features[:, [0]] * 3 + rng.normal(size=(30, 3))
     data = groups(*rewards, prompt_features=features.tolist())
     made = relabel(data, **IDENTITY, beta=1.0, calibration="pooled")
+    with pytest.raises(ValueError, match="groups must have at least one row; got 0"):
+        relabel(data.select([]), **IDENTITY, beta=1.0, calibration="pooled")
     fitted = RewardCalibrator("pooled").fit(rewards, prompt_features=features)
     wanted = fitted.transform(rewards, inside=True)
     np.testing.assert_allclose(made["calibrated_rewards"], wanted, atol=1e-12)
