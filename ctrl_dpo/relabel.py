@@ -90,6 +90,7 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         its draws: they tell a trainer most for their tokens. A regression on the ends alone fits a
         curve that is bent there: next to nothing for worst-of-N, but with much data one or two
         points of win rate for best-of-N (``benchmarks/partial_fit.py``), which all draws have.
+        The rewards of all draws stay in ``draw_rewards``, by which they can be relabelled again.
     **map_options
         For ``datasets.map``, such as ``num_proc=4`` or ``batch_size=1000``.
 

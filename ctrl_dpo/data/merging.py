@@ -78,6 +78,9 @@ def _joined(parts: list[dict[str, Any]], rows: list[int], once: bool) -> dict[st
         texts = made[names.RESPONSES]
         first = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values())
         made |= {name: [made[name][i] for i in first] for name in lists if made[name] is not None}
+    if names.DRAW_REWARDS in made:
+        draws = [part[names.DRAW_REWARDS] or part[names.REWARDS] for part in parts]
+        made[names.DRAW_REWARDS] = [reward for values in draws for reward in values]
     reference = [part.get(names.REFERENCE_REWARDS) for part in parts]
     if reference[0] is not None and any(values != reference[0] for values in reference):
         made[names.REFERENCE_REWARDS] = [r for values in reference for r in values or []]

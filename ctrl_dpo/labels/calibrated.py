@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from ctrl_dpo.calibrate import RewardCalibrator
+from ctrl_dpo.calibration.ranks import count_below_and_tied
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.ragged import IntArray, Ragged, read_floats, to_lists
-from ctrl_dpo.labels.groups import check_lengths
+from ctrl_dpo.data.ragged import FloatArray, IntArray, Ragged, read_floats, to_lists
+from ctrl_dpo.labels.groups import check_drawn, check_lengths, read_reference
 
 
 def calibrated_columns(
@@ -21,7 +22,8 @@ def calibrated_columns(
     Parameters
     ----------
     table : pyarrow.Table
-        ``rewards``; ``reference_rewards`` where the responses are not the draws; for ``weighted``
+        ``rewards``; ``reference_rewards`` where the responses are not the draws, ``draw_rewards``
+        where they are some of them; for ``weighted``
         ``reference_logps`` and ``sampler_logps``, nats; for ``pooled`` perhaps ``prompt_features``.
     responses : (n_rows,) ndarray of int
         Responses of each row.
@@ -45,8 +47,7 @@ def calibrated_columns(
     rows = list(range(len(table)))
     rewards = read_floats(table, columns.REWARDS, rows)
     check_lengths(columns.REWARDS, rewards, responses, rows)
-    inside = columns.REFERENCE_REWARDS not in table.column_names
-    reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, rows)
+    reference, inside = read_reference(table, rewards, rows)
     weights, features = None, None
     if calibrator.method == "weighted":
         names = columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS
@@ -57,7 +58,10 @@ def calibrated_columns(
     elif columns.PROMPT_FEATURES in table.column_names:
         features = _matrix(read_floats(table, columns.PROMPT_FEATURES, rows))
     fitted = RewardCalibrator(**calibrator.get_params()).fit(_rows(reference), weights, features)
-    calibrated = fitted.transform(_rows(rewards), inside)[rewards.mask]
+    if inside and reference is not rewards:
+        calibrated = _of_some(rewards, reference, fitted.transform(_rows(reference), inside))
+    else:
+        calibrated = fitted.transform(_rows(rewards), inside)[rewards.mask]
     transformed = transformation(calibrated)
     if not np.isfinite(transformed).all():
         bad = int(np.argmin(np.isfinite(transformed)))
@@ -74,6 +78,15 @@ def calibrated_columns(
     if weights is not None:
         made[columns.EFFECTIVE_SAMPLE_SIZE] = pa.array(fitted.effective_sample_size_)
     return pa.table(made)
+
+
+def _of_some(rewards: Ragged, draws: Ragged, calibrated: FloatArray) -> FloatArray:
+    """Return what draws of these rewards are calibrated to; draws of equal rewards are alike."""
+    padded = draws.padded()
+    below, tied = (c[rewards.mask] for c in count_below_and_tied(rewards.padded(), padded))
+    check_drawn(rewards, tied, list(range(len(padded))))
+    order = np.argsort(padded, axis=1)  # what fills rows up, NaN, comes last
+    return np.asarray(calibrated[rewards.rows, order[rewards.rows, below]])
 
 
 def _matrix(features: Ragged) -> Any:

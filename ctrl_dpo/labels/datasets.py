@@ -57,10 +57,11 @@ def add_calibrated(
     if method == "weighted":
         needed += [columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS]
         check_columns(found, needed, "Weights need the log-probabilities of both policies.")
-        if columns.REFERENCE_REWARDS in found:
+        for name in {columns.REFERENCE_REWARDS, columns.DRAW_REWARDS}.intersection(found):
             raise ValueError(
-                "reference_rewards must be absent for calibration='weighted', whose draws are the "
-                f"responses; got columns {sorted(found)}. Remove it, or use another calibration."
+                f"{name} must be absent for calibration='weighted', whose draws are the responses; "
+                f"got columns {sorted(found)}. Give the groups as they were drawn, or use another "
+                "calibration."
             )
     if not isinstance(groups, Dataset):
         raise TypeError(
@@ -68,7 +69,7 @@ def add_calibrated(
         )
     _check_not_empty(groups)
     groups = groups.remove_columns([name for name in ADDED if name in found])
-    others = (columns.REFERENCE_REWARDS, columns.PROMPT_FEATURES)
+    others = (columns.REFERENCE_REWARDS, columns.DRAW_REWARDS, columns.PROMPT_FEATURES)
     read = [*needed, *(name for name in others if name in found)]
     table = groups.select_columns(read).with_format("arrow")[:]
     responses = _count_responses(groups)
@@ -135,8 +136,8 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
     if not isinstance(groups, Dataset):
         return _add_to_stream(groups, features, settings)
     _check_not_empty(groups)
-    needed = (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS)
-    read = [name for name in needed if name in found]
+    read = [columns.RESPONSES, columns.REWARDS]
+    read += [n for n in (columns.REFERENCE_REWARDS, columns.DRAW_REWARDS) if n in found]
     numbers = groups.select_columns(read)
     made = numbers.with_format("arrow").map(
         relabel_batch,
@@ -147,13 +148,14 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
         features=features,
         **{"desc": "relabel", **options},
     )
-    _warn_of_few_draws(numbers, columns.REFERENCE_REWARDS in found)
+    _warn_of_few_draws(numbers)
     return concatenate_datasets([groups, made.with_format(None)], axis=1)
 
 
-def _warn_of_few_draws(numbers: Any, apart: bool) -> None:
+def _warn_of_few_draws(numbers: Any) -> None:
     """Warn of prompts whose responses are compared with one reference draw, or none."""
-    name, least = (columns.REFERENCE_REWARDS, 2) if apart else (columns.REWARDS, 3)
+    leasts = {columns.REFERENCE_REWARDS: 2, columns.DRAW_REWARDS: 3, columns.REWARDS: 3}
+    name, least = next((n, k) for n, k in leasts.items() if n in numbers.column_names)
     table = numbers.select_columns([name]).with_format("arrow")[:]
     lengths = pc.fill_null(pc.list_value_length(table[name]), least).to_numpy()
     few = np.flatnonzero(lengths < least)

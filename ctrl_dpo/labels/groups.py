@@ -41,7 +41,8 @@ def relabel_batch(
     Parameters
     ----------
     table : pyarrow.Table
-        ``responses``, ``rewards`` and, where there are any, ``reference_rewards``.
+        ``responses``, ``rewards`` and, where there are any, ``reference_rewards`` or
+        ``draw_rewards``.
     indices : list of int
         Row numbers, for errors.
     transformation, procedure, beta, estimator
@@ -55,16 +56,18 @@ def relabel_batch(
     Raises
     ------
     ValueError
-        If a reward is not finite or missing, or a prompt has no reference reward.
+        If a reward is not finite, missing or not among the group's draws, or a prompt has no
+        reference reward.
     """
     rewards = read_floats(table, columns.REWARDS, indices)
     check_lengths(columns.REWARDS, rewards, lengths_of(table, columns.RESPONSES, indices), indices)
-    inside = columns.REFERENCE_REWARDS not in table.column_names
-    reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, indices)
+    reference, inside = read_reference(table, rewards, indices)
     _check_reference(reference, inside, indices)
     log_normaliser: float | FloatArray | None
     counts = count_below_and_tied(rewards.padded(), reference.padded())
     below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
+    if inside:
+        check_drawn(rewards, tied, indices)
     k = np.repeat(reference.lengths, rewards.lengths)
     if isinstance(estimator, RankOptimal):
         # these targets are log-ratios already, of normaliser 1
@@ -93,6 +96,58 @@ def relabel_batch(
         columns.TRANSFORMATION: pa.array([str(transformation)] * n),
     }
     return pa.table(lists | constant)
+
+
+def read_reference(table: pa.Table, rewards: Ragged, indices: list[int]) -> tuple[Ragged, bool]:
+    """Read the rewards of the draws that calibrate the responses.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Perhaps ``reference_rewards`` or ``draw_rewards``.
+    rewards : Ragged
+        Of the responses.
+    indices : list of int
+        Row numbers, for errors.
+
+    Returns
+    -------
+    reference : Ragged
+        Rewards of the draws.
+    inside : bool
+        Whether the responses are themselves among the draws.
+    """
+    for name, inside in ((columns.REFERENCE_REWARDS, False), (columns.DRAW_REWARDS, True)):
+        if name in table.column_names:
+            return read_floats(table, name, indices), inside
+    return rewards, True
+
+
+def check_drawn(rewards: Ragged, tied: IntArray, indices: list[int]) -> None:
+    """Check that responses are among the draws that they are compared with.
+
+    Parameters
+    ----------
+    rewards : Ragged
+        Of the responses.
+    tied : (n,) ndarray of int
+        Draws with the same reward, of each response.
+    indices : list of int
+        Row numbers, for the error.
+
+    Raises
+    ------
+    ValueError
+        If a response has a reward that no draw has.
+    """
+    if not tied.all():
+        bad = int(np.argmin(tied))
+        row, place = rewards.locate(bad)
+        raise ValueError(
+            f"rewards must be among a prompt's {columns.DRAW_REWARDS}, those of all its draws; got "
+            f"{rewards.values[bad]} at row {indices[row]}, response {place}. Score and relabel the "
+            "whole groups."
+        )
 
 
 def check_lengths(name: str, values: Ragged, responses: IntArray, indices: list[int]) -> None:

@@ -199,8 +199,8 @@ def _margins(
 
 def _held_out(some: Dataset, method: str) -> tuple[CalibrationError, FloatArray] | None:
     """Return the calibration error on the reference draws of some groups."""
-    apart = columns.REFERENCE_REWARDS in some.column_names
-    name = columns.REFERENCE_REWARDS if apart else columns.REWARDS
+    names = (columns.REFERENCE_REWARDS, columns.DRAW_REWARDS, columns.REWARDS)
+    name = next(n for n in names if n in some.column_names)
     weights, features = None, None
     if method == "weighted":
         rows = zip(some[columns.REFERENCE_LOGPS], some[columns.SAMPLER_LOGPS], strict=True)

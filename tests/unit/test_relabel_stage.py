@@ -268,12 +268,49 @@ def test_extremes_are_ranked_among_all_draws():
     assert row["rewards"] == [4.0, 0.0]
     assert row["finished"] == [False, True]
     assert row["transformed_rewards"] == [whole[0]["transformed_rewards"][i] for i in (3, 4)]
-    assert row["reference_rewards"] == [3.0, 1.0, 2.0, 4.0, 0.0]
+    assert row["draw_rewards"] == [3.0, 1.0, 2.0, 4.0, 0.0]
+    assert "reference_rewards" not in row
     # a group that is small enough stays whole, and equal targets are ordered by reward
     (same,) = relabel(data, procedure="best_of_4", beta=0.1, extremes=3)
     assert same["responses"] == whole[0]["responses"]
     with pytest.raises(ValueError, match="extremes must be an integer >= 1; got 0"):
         relabel(data, procedure="best_of_4", beta=0.1, extremes=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"procedure": "best_of_4", "target_kl": 1.0},
+        {"procedure": "worst_of_4", "beta": 0.2, "estimator": "posterior"},
+        {"procedure": "best_of_4", "beta": 0.2, "estimator": "levels"},
+        {"procedure": "best_of_4", "beta": 0.2, "calibration": "pooled"},
+    ],
+)
+def test_extremes_are_relabelled_as_the_whole_groups_are(settings, rng):
+    # of three sizes, with ties
+    data = groups(*[rng.integers(0, 9, size=n).astype(float) for n in (16, 16, 7, 3)])
+    first = relabel(data, procedure="single_draw", beta=1.0, extremes=3)
+    wanted = relabel(data, **settings, extremes=2)
+    for again in (relabel(first, **settings, extremes=2), relabel(wanted, **settings)):
+        assert again.to_dict() == wanted.to_dict()
+    assert [len(row) for row in wanted["rewards"]] == [4, 4, 4, 3]
+    method = settings.get("calibration", "empirical")
+    errors = [summarise_labels(d, method).calibration_error for d in (wanted, again)]
+    assert errors == [summarise_labels(relabel(data, **settings), method).calibration_error] * 2
+    if "calibration" not in settings:
+        stream = relabel(first.to_iterable_dataset(), **settings, extremes=2)
+        assert list(stream) == list(wanted)
+    new = first.map(lambda row: {"rewards": [0.5, *row["rewards"][1:]]})
+    with pytest.raises(ValueError, match=r"must be among .* draw_rewards, .*; got 0.5 at row 0"):
+        relabel(new, **settings)
+
+
+def test_extremes_of_new_responses_keep_what_they_are_compared_with():
+    data = groups([3.0, 1.0, 2.0], reference_rewards=[[0.0, 1.5, 4.0, 5.0]])
+    (row,) = relabel(data, **IDENTITY, beta=1.0, extremes=1)
+    assert row["calibrated_rewards"] == [0.5, 0.25]
+    assert row["reference_rewards"] == [0.0, 1.5, 4.0, 5.0]
+    assert "draw_rewards" not in row
 
 
 def test_best_and_worst_are_so_by_reward_where_targets_are_equal():
@@ -316,9 +353,10 @@ def test_weighted_calibration_of_a_dataset():
     with pytest.raises(ValueError, match=r"sample size must be >= 2.9; got 2.59 at row 0"):
         relabel(data, **IDENTITY, beta=1.0, calibration=picky)
     assert not hasattr(picky, "weights_")
-    apart = data.add_column("reference_rewards", [[1.0, 2.0]])
-    with pytest.raises(ValueError, match="reference_rewards must be absent for calibration='weigh"):
-        relabel(apart, **IDENTITY, beta=1.0, calibration="weighted")
+    for name in ("reference_rewards", "draw_rewards"):
+        apart = data.add_column(name, [[1.0, 2.0]])
+        with pytest.raises(ValueError, match=f"{name} must be absent for calibration='weighted'"):
+            relabel(apart, **IDENTITY, beta=1.0, calibration="weighted")
     with pytest.raises(ValueError, match="column 'sampler_logps' is missing"):
         relabel(data.remove_columns("sampler_logps"), **IDENTITY, beta=1.0, calibration="weighted")
     with pytest.raises(ValueError, match="must be finite; got -inf .* at row 0, response 0"):
