@@ -72,8 +72,10 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         ``"empirical"``: ranks among the prompt's own draws. ``"pooled"``: for few draws, or none,
         shrunk toward what all prompts share, and toward what the column ``prompt_features`` (lists
         of floats) predicts, if there is one. ``"weighted"``: for responses that another policy
-        drew, by ``reference_logps`` minus ``sampler_logps``; adds ``effective_sample_size``. A
-        :class:`ctrl_dpo.calibrate.RewardCalibrator` sets the least one that is accepted. The
+        drew, by ``reference_logps`` minus ``sampler_logps``; adds ``effective_sample_size``, and
+        drops ``sampled_from`` and, without ``reference_computed``, ``reference_logps``, of which
+        training would ask what the weights have settled. A
+        :class:`ctrl_dpo.calibrate.RewardCalibrator` sets the least size that is accepted. The
         transformation is applied to these as they are (``estimator="plug_in"``).
     estimator : {"rank_optimal", "posterior", "plug_in", "levels"}, optional
         How ranks among few draws become transformed rewards. ``"rank_optimal"``, the default of
@@ -111,7 +113,8 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     What became of the labels is told by
     :func:`ctrl_dpo.measures.label_summary.summarise_labels` and :func:`count_pairs`.
     A response that is itself a reference draw is compared with the other draws (leave one out),
-    the only one of its prompt is given 1/2. A relabelled dataset can be relabelled again.
+    the only one of its prompt is given 1/2. A relabelled dataset can be relabelled again; after
+    weighted calibration relabel the scored groups.
 
     Examples
     --------

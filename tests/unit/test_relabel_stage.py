@@ -341,7 +341,7 @@ def test_pooled_calibration_of_a_dataset(rng):
 
 def test_weighted_calibration_of_a_dataset():
     logs = {"reference_logps": [[-1.0, -1.5, -2.0]], "sampler_logps": [[-1.0, -1.0, -1.0]]}
-    data = groups([1.0, 2.0, 3.0], **logs)
+    data = groups([1.0, 2.0, 3.0], **logs, sampled_from=["another policy"])
     (row,) = relabel(data, **IDENTITY, beta=1.0, calibration="weighted")
     # weights 1, e^-0.5, e^-1: the middle one beats the first of the others
     assert row["calibrated_rewards"] == pytest.approx([0.0, 1 / (1 + np.exp(-1)), 1.0])
@@ -349,6 +349,14 @@ def test_weighted_calibration_of_a_dataset():
     weights = np.exp([0.0, -0.5, -1.0])
     size = weights.sum() ** 2 / (weights**2).sum()
     assert row["effective_sample_size"] == pytest.approx(size)
+    # what the weights have settled is gone, or training would ask for it
+    assert not row.keys() & {"reference_logps", "sampled_from"}
+    kept = data.add_column("reference_computed", ["record"])
+    kept = relabel(kept, **IDENTITY, beta=1.0, calibration="weighted")
+    assert kept["reference_logps"][0] == logs["reference_logps"][0]
+    for calibration in ("empirical", "pooled"):
+        with pytest.raises(ValueError, match=f"must be 'weighted' for .*; got '{calibration}' and"):
+            relabel(kept, **IDENTITY, beta=1.0, calibration=calibration)
     picky = RewardCalibrator("weighted", min_effective_sample_size=2.9)
     with pytest.raises(ValueError, match=r"sample size must be >= 2.9; got 2.59 at row 0"):
         relabel(data, **IDENTITY, beta=1.0, calibration=picky)
