@@ -75,8 +75,10 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         ``"empirical"``: ranks among the prompt's own draws. ``"pooled"``: for few draws, or none,
         shrunk toward what all prompts share, and toward what the column ``prompt_features`` (lists
         of floats) predicts, if there is one. ``"weighted"``: for responses that another policy
-        drew, by ``reference_logps`` minus ``sampler_logps``; adds ``effective_sample_size``. A
-        :class:`ctrl_dpo.calibrate.RewardCalibrator` sets the least one that is accepted. The
+        drew, by ``reference_logps`` minus ``sampler_logps``; adds ``effective_sample_size``, and
+        drops ``sampled_from`` and, without ``reference_computed``, ``reference_logps``, of which
+        training would ask what the weights have settled. A
+        :class:`ctrl_dpo.calibrate.RewardCalibrator` sets the least size that is accepted. The
         transformation is applied to these as they are (``estimator="plug_in"``).
     estimator : {"rank_optimal", "posterior", "plug_in", "levels"}, optional
         How ranks among few draws become transformed rewards. ``"rank_optimal"``, the default of
@@ -93,11 +95,12 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         its draws: they tell a trainer most for their tokens. A regression on the ends alone fits a
         curve that is bent there: next to nothing for worst-of-N, but with much data one or two
         points of win rate for best-of-N (``benchmarks/partial_fit.py``), which all draws have.
+        The rewards of all draws stay in ``draw_rewards``, by which they can be relabelled again.
         Its policy pays another KL than the budget, a larger one if it learns the labels.
     anchor : float
         Anchor of the squared loss that will fit the labels, >= 0, as in
         :class:`ctrl_dpo.CTRLDPOConfig`. ``"rank_optimal"`` labels differ with it and name it in a
-        column, unless ``reference_rewards`` or ``extremes`` are given.
+        column, unless the group is not all of the draws (``reference_rewards``, ``extremes``).
     **map_options
         For ``datasets.map``, such as ``num_proc=4`` or ``batch_size=1000``.
 
@@ -118,7 +121,8 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     What became of the labels is told by
     :func:`ctrl_dpo.measures.label_summary.summarise_labels` and :func:`count_pairs`.
     A response that is itself a reference draw is compared with the other draws (leave one out),
-    the only one of its prompt is given 1/2. A relabelled dataset can be relabelled again.
+    the only one of its prompt is given 1/2. A relabelled dataset can be relabelled again; after
+    weighted calibration relabel the scored groups.
 
     Examples
     --------
@@ -144,8 +148,9 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
     if isinstance(settings["estimator"], RankOptimal):
         weight = check_weight("anchor", anchor)
-        apart = extremes is not None or columns.REFERENCE_REWARDS in found
-        settings["estimator"] = replace(settings["estimator"], anchor=None if apart else weight)
+        others = {columns.REFERENCE_REWARDS, columns.DRAW_REWARDS}.intersection(found)
+        known = extremes is None and not others
+        settings["estimator"] = replace(settings["estimator"], anchor=weight if known else None)
     if calibration.method == "empirical":
         made = add_columns(groups, found, settings, map_options)
     else:

@@ -105,7 +105,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(name or model.name_or_path)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
-        parts = _by_name(eval_dataset)
+        parts = {k: labelled(part, args) for k, part in _by_name(eval_dataset).items()}
         evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}
         from_dataset = all(row["reference_logps"] is not None for row in rows)
         model, self.reference = set_up_policies(
@@ -166,7 +166,7 @@ class CTRLDPOTrainer(ResumableTrainer):
     def _tokenised(
         self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig
     ) -> list[dict[str, Any]]:
-        return training_rows(labelled(dataset, args), tokenizer, args, self.beta)[0]
+        return training_rows(dataset, tokenizer, args, self.beta)[0]
 
     def _add_reference_logps(self, rows: list[dict[str, Any]], args: CTRLDPOConfig) -> None:
         missing = [row for row in rows if row["reference_logps"] is None]
@@ -194,6 +194,7 @@ class CTRLDPOTrainer(ResumableTrainer):
                     f"sharded over processes; got a new one of {len(eval_dataset)} rows, whose "
                     "reference pass would have to come before that."
                 )
+            eval_dataset = labelled(eval_dataset, self.args)
             check_computation(eval_dataset, self.reference_computed)
             eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
             self._add_reference_logps(eval_dataset, self.args)

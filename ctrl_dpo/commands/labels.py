@@ -164,7 +164,7 @@ def _labelled(
     made = relabel(groups, **labels)
     counts = None if strategy is None else count_pairs(made, strategy, ties=ties)
     method = labels["calibration"].method
-    summary = summarise_labels(made, method, reading=reading, pairs=counts)
+    summary = summarise_labels(made, method, draws=groups, reading=reading, pairs=counts)
     rows = made if strategy is None else pairs(made, strategy, ties=ties)
     return rows, summary.to_dict()
 

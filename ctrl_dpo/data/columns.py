@@ -21,6 +21,7 @@ POLICY_LOGPS = "policy_logps"  # nats per response, from the training forward pa
 CALIBRATED_REWARDS = "calibrated_rewards"
 TRANSFORMED_REWARDS = "transformed_rewards"
 LOG_NORMALISER = "log_normaliser"
+DRAW_REWARDS = "draw_rewards"  # of all draws, where only some of them are kept as RESPONSES
 EFFECTIVE_SAMPLE_SIZE = "effective_sample_size"  # of weighted calibration, in draws
 BETA = "beta"
 PROCEDURE = "procedure"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrl_dpo.data import columns as names
 from ctrl_dpo.data.messages import prompt_key
+from ctrl_dpo.data.ragged import is_text
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +40,7 @@ def merge_equal_prompts(groups: Dataset, once: bool) -> tuple[Dataset, int]:
     from datasets import Dataset, concatenate_datasets
 
     column = groups.select_columns([names.PROMPT]).with_format("arrow")[:][names.PROMPT]
-    if pa.types.is_string(column.type) and pc.count_distinct(column, "all").as_py() == len(groups):
+    if is_text(column.type) and pc.count_distinct(column, "all").as_py() == len(groups):
         return groups, 0  # without a Python string for each
     rows_of: dict[str, list[int]] = {}
     for row, prompt in enumerate(groups[names.PROMPT]):
@@ -78,6 +78,9 @@ def _joined(parts: list[dict[str, Any]], rows: list[int], once: bool) -> dict[st
         texts = made[names.RESPONSES]
         first = sorted({text: i for i, text in reversed(list(enumerate(texts)))}.values())
         made |= {name: [made[name][i] for i in first] for name in lists if made[name] is not None}
+    if names.DRAW_REWARDS in made:
+        draws = [part[names.DRAW_REWARDS] or part[names.REWARDS] for part in parts]
+        made[names.DRAW_REWARDS] = [reward for values in draws for reward in values]
     reference = [part.get(names.REFERENCE_REWARDS) for part in parts]
     if reference[0] is not None and any(values != reference[0] for values in reference):
         made[names.REFERENCE_REWARDS] = [r for values in reference for r in values or []]

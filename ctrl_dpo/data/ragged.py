@@ -164,6 +164,11 @@ def one_array(table: pa.Table, name: str) -> Any:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
+def is_text(kind: Any) -> bool:
+    """Tell whether an Arrow type is text, which pandas stores as ``large_string``."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 def _is_list(kind: Any) -> bool:
     return bool(
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ctrl_dpo.data import columns as names
 from ctrl_dpo.data.layout_rows import FLOATS, DroppedRow, Group, checked_group
-from ctrl_dpo.data.ragged import lengths_of, one_array, read_floats, to_lists
+from ctrl_dpo.data.ragged import is_text, lengths_of, one_array, read_floats, to_lists
 
 REASON = "dropped_reason"
 # datasets keys its cache by the name of a function of ours, not by its code: raise this number when
@@ -116,12 +116,12 @@ def clean_numbers(table: pa.Table, indices: list[int]) -> dict[str, pa.Array] | 
         could break a rule: what is wrong, and in which row, is then for :meth:`RowReader.judge`.
     """
     prompt, texts = one_array(table, names.PROMPT), one_array(table, names.RESPONSES)
-    if not _is_text(prompt.type) or prompt.null_count or not _shortest(prompt):
+    if not is_text(prompt.type) or prompt.null_count or not _shortest(prompt):
         return None
     try:
         lengths = lengths_of(table, names.RESPONSES, indices)
         flat = pc.list_flatten(texts)
-        if not _is_text(flat.type) or flat.null_count or not lengths.all():
+        if not is_text(flat.type) or flat.null_count or not lengths.all():
             return None
         for name in set(names.PER_RESPONSE).intersection(table.column_names):
             if not np.array_equal(lengths_of(table, name, indices), lengths):
@@ -134,10 +134,6 @@ def clean_numbers(table: pa.Table, indices: list[int]) -> dict[str, pa.Array] | 
     if reference is not None and not reference.lengths.all():
         return None
     return {n: to_lists(v.values, v.lengths) for n, v in numbers.items() if n in FLOATS}
-
-
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _shortest(texts: Any) -> int:

@@ -8,20 +8,25 @@ import numpy as np
 import pyarrow as pa
 
 from ctrl_dpo.calibrate import RewardCalibrator
+from ctrl_dpo.calibration.ranks import count_below_and_tied
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.ragged import Ragged, read_floats, to_lists
+from ctrl_dpo.data.ragged import FloatArray, IntArray, Ragged, read_floats, to_lists
+from ctrl_dpo.labels.groups import check_drawn, check_lengths, read_reference
 
 
 def calibrated_columns(
-    table: pa.Table, calibrator: RewardCalibrator, transformation: Any
+    table: pa.Table, responses: IntArray, calibrator: RewardCalibrator, transformation: Any
 ) -> pa.Table:
     """Return calibrated and transformed rewards of a whole dataset.
 
     Parameters
     ----------
     table : pyarrow.Table
-        ``rewards``; ``reference_rewards`` where the responses are not the draws; for ``weighted``
+        ``rewards``; ``reference_rewards`` where the responses are not the draws, ``draw_rewards``
+        where they are some of them; for ``weighted``
         ``reference_logps`` and ``sampler_logps``, nats; for ``pooled`` perhaps ``prompt_features``.
+    responses : (n_rows,) ndarray of int
+        Responses of each row.
     calibrator : RewardCalibrator
         Of method ``pooled`` or ``weighted``; a copy of it is fitted.
     transformation : Transformation
@@ -36,23 +41,27 @@ def calibrated_columns(
     Raises
     ------
     ValueError
-        If a transformed reward is infinite, or features differ in number between prompts.
+        If a transformed reward is infinite, a row has not as many rewards or log-probabilities as
+        responses, or features differ in number between prompts.
     """
     rows = list(range(len(table)))
     rewards = read_floats(table, columns.REWARDS, rows)
-    inside = columns.REFERENCE_REWARDS not in table.column_names
-    reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, rows)
+    check_lengths(columns.REWARDS, rewards, responses, rows)
+    reference, inside = read_reference(table, rewards, rows)
     weights, features = None, None
     if calibrator.method == "weighted":
-        logs = [
-            read_floats(table, name, rows).values
-            for name in (columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS)
-        ]
-        weights = _rows(Ragged(logs[0] - logs[1], reference.lengths))
+        names = columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS
+        logs = [read_floats(table, name, rows) for name in names]
+        for name, values in zip(names, logs, strict=True):
+            check_lengths(name, values, responses, rows)
+        weights = _rows(Ragged(logs[0].values - logs[1].values, rewards.lengths))
     elif columns.PROMPT_FEATURES in table.column_names:
         features = _matrix(read_floats(table, columns.PROMPT_FEATURES, rows))
     fitted = RewardCalibrator(**calibrator.get_params()).fit(_rows(reference), weights, features)
-    calibrated = fitted.transform(_rows(rewards), inside)[rewards.mask]
+    if inside and reference is not rewards:
+        calibrated = _of_some(rewards, reference, fitted.transform(_rows(reference), inside))
+    else:
+        calibrated = fitted.transform(_rows(rewards), inside)[rewards.mask]
     transformed = transformation(calibrated)
     if not np.isfinite(transformed).all():
         bad = int(np.argmin(np.isfinite(transformed)))
@@ -69,6 +78,15 @@ def calibrated_columns(
     if weights is not None:
         made[columns.EFFECTIVE_SAMPLE_SIZE] = pa.array(fitted.effective_sample_size_)
     return pa.table(made)
+
+
+def _of_some(rewards: Ragged, draws: Ragged, calibrated: FloatArray) -> FloatArray:
+    """Return what draws of these rewards are calibrated to; draws of equal rewards are alike."""
+    padded = draws.padded()
+    below, tied = (c[rewards.mask] for c in count_below_and_tied(rewards.padded(), padded))
+    check_drawn(rewards, tied, list(range(len(padded))))
+    order = np.argsort(padded, axis=1)  # what fills rows up, NaN, comes last
+    return np.asarray(calibrated[rewards.rows, order[rewards.rows, below]])
 
 
 def _matrix(features: Ragged) -> Any:

@@ -11,12 +11,15 @@ import pyarrow.compute as pc
 from ctrl_dpo._validation import check_columns
 from ctrl_dpo.calibrate import RewardCalibrator
 from ctrl_dpo.data import columns
+from ctrl_dpo.data.ragged import IntArray, lengths_of
 from ctrl_dpo.labels.calibrated import calibrated_columns
 from ctrl_dpo.labels.groups import ADDED, anchor_of, relabel_batch
 
 logger = logging.getLogger(__name__)
 
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
+_OTHER_DRAWS = (columns.REFERENCE_REWARDS, columns.DRAW_REWARDS)
+_LOGPS = (columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS)
 _TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
 
@@ -39,36 +42,32 @@ def add_calibrated(
     Returns
     -------
     Dataset
-        The groups with the new columns.
+        The groups with the new columns; after ``weighted`` without what it has taken account of:
+        ``sampled_from``, and ``reference_logps`` that no ``reference_computed`` vouches for, so
+        that training would not use them.
 
     Raises
     ------
     TypeError
         If the groups are a stream.
     ValueError
-        If ``weighted`` meets rewards of other draws than those that its weights are of.
+        If there is no row, ``weighted`` meets rewards of other draws than those that its weights
+        are of, or ``pooled`` meets weighted labels.
     """
     from datasets import Dataset, concatenate_datasets
 
     method = calibrator.method
-    needed = [columns.REWARDS]
-    if method == "weighted":
-        needed += [columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS]
-        check_columns(found, needed, "Weights need the log-probabilities of both policies.")
-        if columns.REFERENCE_REWARDS in found:
-            raise ValueError(
-                "reference_rewards must be absent for calibration='weighted', whose draws are the "
-                f"responses; got columns {sorted(found)}. Remove it, or use another calibration."
-            )
+    _check_draws(found, method)
     if not isinstance(groups, Dataset):
         raise TypeError(
             f"groups must be a Dataset for calibration={method!r}; got {type(groups).__name__}."
         )
+    _check_not_empty(groups)
     groups = groups.remove_columns([name for name in ADDED if name in found])
-    others = (columns.REFERENCE_REWARDS, columns.PROMPT_FEATURES)
-    read = [*needed, *(name for name in others if name in found)]
-    table = groups.select_columns(read).with_format("arrow")[:]
-    made = calibrated_columns(table, calibrator, settings["transformation"])
+    numbers = (columns.REWARDS, *_OTHER_DRAWS, *_LOGPS, columns.PROMPT_FEATURES)
+    table = groups.select_columns([n for n in numbers if n in found]).with_format("arrow")[:]
+    responses = _count_responses(groups)
+    made = calibrated_columns(table, responses, calibrator, settings["transformation"])
     beta = settings["beta"]
     constant = {
         columns.LOG_NORMALISER: settings["transformation"].log_normaliser(beta),
@@ -78,7 +77,43 @@ def add_calibrated(
     }
     for name, value in constant.items():
         made = made.append_column(name, [[value] * len(groups)])
+    if method == "weighted":
+        spent = {columns.SAMPLED_FROM}
+        spent |= set() if columns.REFERENCE_COMPUTED in found else {columns.REFERENCE_LOGPS}
+        groups = groups.remove_columns(sorted(spent.intersection(found)))
     return concatenate_datasets([groups, Dataset(made)], axis=1)
+
+
+def _check_draws(found: list[str], method: str) -> None:
+    """Raise where the method is not for the draws that the columns tell of."""
+    if method == "weighted":
+        check_columns(found, _LOGPS, "Weights need the log-probabilities of both policies.")
+        for name in set(_OTHER_DRAWS).intersection(found):
+            raise ValueError(
+                f"{name} must be absent for calibration='weighted', whose draws are the responses; "
+                f"got columns {sorted(found)}. Give the groups as they were drawn, or use another "
+                "calibration."
+            )
+    elif columns.EFFECTIVE_SAMPLE_SIZE in found:
+        raise ValueError(
+            "calibration must be 'weighted' for groups with weighted labels, whose responses are "
+            f"another policy's; got {method!r} and the column {columns.EFFECTIVE_SAMPLE_SIZE!r}. "
+            "Relabel the scored groups that they were made of."
+        )
+
+
+def _check_not_empty(groups: Any) -> None:
+    if len(groups) == 0:
+        raise ValueError("groups must have at least one row; got 0. Check the file and filters.")
+
+
+def _count_responses(groups: Any) -> IntArray:
+    """Return the number of responses of each row, without all their texts in memory."""
+    lengths, start = [], 0
+    for table in groups.select_columns([columns.RESPONSES]).with_format("arrow").iter(1000):
+        lengths.append(lengths_of(table, columns.RESPONSES, list(range(start, start + len(table)))))
+        start += len(table)
+    return np.concatenate(lengths)
 
 
 def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options: Any) -> Any:
@@ -103,11 +138,12 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
     Raises
     ------
     ValueError
-        If there is no row.
+        If there is no row, or the groups have weighted labels.
     """
     from datasets import Dataset, Features, Value, concatenate_datasets
     from datasets import List as ListOf
 
+    _check_draws(found, "empirical")
     features = Features(
         {name: ListOf(Value("float64")) for name in _LISTS}
         | {name: Value("float64") for name in (columns.LOG_NORMALISER, columns.BETA)}
@@ -118,12 +154,11 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
     groups = groups.remove_columns([name for name in ADDED if name in found])
     if not isinstance(groups, Dataset):
         return _add_to_stream(groups, features, settings)
-    if len(groups) == 0:
-        raise ValueError("groups must have at least one row; got 0. Check the file and filters.")
-    needed = (columns.RESPONSES, columns.REWARDS, columns.REFERENCE_REWARDS)
-    read = [name for name in needed if name in found]
-    scored = groups.select_columns(read)
-    made = scored.with_format("arrow").map(
+    _check_not_empty(groups)
+    read = [columns.RESPONSES, columns.REWARDS]
+    read += [name for name in _OTHER_DRAWS if name in found]
+    numbers = groups.select_columns(read)
+    made = numbers.with_format("arrow").map(
         relabel_batch,
         batched=True,
         with_indices=True,
@@ -132,13 +167,14 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
         features=features,
         **{"desc": "relabel", **options},
     )
-    _warn_of_few_draws(scored, columns.REFERENCE_REWARDS in found)
+    _warn_of_few_draws(numbers)
     return concatenate_datasets([groups, made.with_format(None)], axis=1)
 
 
-def _warn_of_few_draws(numbers: Any, apart: bool) -> None:
+def _warn_of_few_draws(numbers: Any) -> None:
     """Warn of prompts whose responses are compared with one reference draw, or none."""
-    name, least = (columns.REFERENCE_REWARDS, 2) if apart else (columns.REWARDS, 3)
+    leasts = {columns.REFERENCE_REWARDS: 2, columns.DRAW_REWARDS: 3, columns.REWARDS: 3}
+    name, least = next((n, k) for n, k in leasts.items() if n in numbers.column_names)
     table = numbers.select_columns([name]).with_format("arrow")[:]
     lengths = pc.fill_null(pc.list_value_length(table[name]), least).to_numpy()
     few = np.flatnonzero(lengths < least)

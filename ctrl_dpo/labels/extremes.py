@@ -22,7 +22,8 @@ def keep_extremes(group: Mapping[str, Any], count: int) -> dict[str, Any]:
     -------
     dict
         The row, every list of one entry per response cut alike, in the old order. The rewards of
-        all draws stay in ``reference_rewards``, so that it remains known what the ranks mean.
+        all draws stay in ``draw_rewards``, so that it remains known what the ranks mean; not where
+        ``reference_rewards`` tell it.
 
     Examples
     --------
@@ -38,5 +39,6 @@ def keep_extremes(group: Mapping[str, Any], count: int) -> dict[str, Any]:
         for name, values in group.items()
         if name in columns.PER_RESPONSE and values is not None
     }
-    reference = group.get(columns.REFERENCE_REWARDS) or list(group[columns.REWARDS])
-    return {**group, **cut, columns.REFERENCE_REWARDS: reference}
+    if columns.REFERENCE_REWARDS not in group:
+        cut[columns.DRAW_REWARDS] = group.get(columns.DRAW_REWARDS) or list(group[columns.REWARDS])
+    return {**group, **cut}

@@ -42,7 +42,8 @@ def relabel_batch(
     Parameters
     ----------
     table : pyarrow.Table
-        ``responses``, ``rewards`` and, where there are any, ``reference_rewards``.
+        ``responses``, ``rewards`` and, where there are any, ``reference_rewards`` or
+        ``draw_rewards``.
     indices : list of int
         Row numbers, for errors.
     transformation, procedure, beta, estimator
@@ -57,16 +58,18 @@ def relabel_batch(
     Raises
     ------
     ValueError
-        If a reward is not finite or missing, or a prompt has no reference reward.
+        If a reward is not finite, missing or not among the group's draws, or a prompt has no
+        reference reward.
     """
     rewards = read_floats(table, columns.REWARDS, indices)
-    _check_lengths(rewards, lengths_of(table, columns.RESPONSES, indices), indices)
-    inside = columns.REFERENCE_REWARDS not in table.column_names
-    reference = rewards if inside else read_floats(table, columns.REFERENCE_REWARDS, indices)
+    check_lengths(columns.REWARDS, rewards, lengths_of(table, columns.RESPONSES, indices), indices)
+    reference, inside = read_reference(table, rewards, indices)
     _check_reference(reference, inside, indices)
     log_normaliser: float | FloatArray | None
     counts = count_below_and_tied(rewards.padded(), reference.padded())
     below, tied = counts[0][rewards.mask], counts[1][rewards.mask]
+    if inside:
+        check_drawn(rewards, tied, indices)
     k = np.repeat(reference.lengths, rewards.lengths)
     if isinstance(estimator, RankOptimal):
         # these targets are log-ratios already, of normaliser 1
@@ -104,14 +107,83 @@ def anchor_of(estimator: str | RankOptimal) -> float | None:
     return estimator.anchor if isinstance(estimator, RankOptimal) else None
 
 
-def _check_lengths(rewards: Ragged, responses: IntArray, indices: list[int]) -> None:
-    """Raise unless every response of a row has a reward."""
-    unequal = rewards.lengths != responses
+def read_reference(table: pa.Table, rewards: Ragged, indices: list[int]) -> tuple[Ragged, bool]:
+    """Read the rewards of the draws that calibrate the responses.
+
+    Parameters
+    ----------
+    table : pyarrow.Table
+        Perhaps ``reference_rewards`` or ``draw_rewards``.
+    rewards : Ragged
+        Of the responses.
+    indices : list of int
+        Row numbers, for errors.
+
+    Returns
+    -------
+    reference : Ragged
+        Rewards of the draws.
+    inside : bool
+        Whether the responses are themselves among the draws.
+    """
+    for name, inside in ((columns.REFERENCE_REWARDS, False), (columns.DRAW_REWARDS, True)):
+        if name in table.column_names:
+            return read_floats(table, name, indices), inside
+    return rewards, True
+
+
+def check_drawn(rewards: Ragged, tied: IntArray, indices: list[int]) -> None:
+    """Check that responses are among the draws that they are compared with.
+
+    Parameters
+    ----------
+    rewards : Ragged
+        Of the responses.
+    tied : (n,) ndarray of int
+        Draws with the same reward, of each response.
+    indices : list of int
+        Row numbers, for the error.
+
+    Raises
+    ------
+    ValueError
+        If a response has a reward that no draw has.
+    """
+    if not tied.all():
+        bad = int(np.argmin(tied))
+        row, place = rewards.locate(bad)
+        raise ValueError(
+            f"rewards must be among a prompt's {columns.DRAW_REWARDS}, those of all its draws; got "
+            f"{rewards.values[bad]} at row {indices[row]}, response {place}. Score and relabel the "
+            "whole groups."
+        )
+
+
+def check_lengths(name: str, values: Ragged, responses: IntArray, indices: list[int]) -> None:
+    """Check that every response of a row has an entry.
+
+    Parameters
+    ----------
+    name : str
+        The column.
+    values : Ragged
+        What it holds.
+    responses : (n_rows,) ndarray of int
+        Responses of each row.
+    indices : list of int
+        Row numbers, for the error.
+
+    Raises
+    ------
+    ValueError
+        If a row has more or fewer entries than responses.
+    """
+    unequal = values.lengths != responses
     if unequal.any():
         i = int(np.argmax(unequal))
         raise ValueError(
-            f"rewards must have one entry per response; got {rewards.lengths[i]} for "
-            f"{responses[i]} responses at row {indices[i]}. Score that row again or drop it."
+            f"{name} must have one entry per response; got {values.lengths[i]} for "
+            f"{responses[i]} responses at row {indices[i]}. Mend that row or drop it."
         )
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ctrl_dpo._validation import check_choice, check_integer
 from ctrl_dpo.data import columns
-from ctrl_dpo.data.ragged import FloatArray, IntArray, one_array, read_floats
+from ctrl_dpo.data.ragged import FloatArray, IntArray, is_text, one_array, read_floats
 
 STRATEGIES = ("best_worst", "adjacent", "all", "random:N", "margin:T")
 TIES = ("drop", "keep")
@@ -199,7 +199,7 @@ def pair_batch(
     """
     pairs = select_pairs(table, indices, strategy, ties, seed)
     prompt = one_array(table, columns.PROMPT).take(pa.array(pairs.row))
-    conversational = not pa.types.is_string(prompt.type)
+    conversational = not is_text(prompt.type)
     sides = pairs.chosen, pairs.rejected
     made = {columns.PROMPT: prompt}
     for name, side in zip((columns.CHOSEN, columns.REJECTED), sides, strict=True):

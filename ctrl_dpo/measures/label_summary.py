@@ -44,7 +44,7 @@ class LabelSummary:
         Method of calibration.
     calibration_error : CalibrationError, optional
         Distance from uniform of one half of every prompt's reference draws, calibrated by the
-        other half; None where no prompt has two.
+        other half; None where no prompt has two, or what weights them is not known.
     effective_sample_size : mapping of str to float
         ``minimum`` and ``median`` over prompts, in draws; of weighted calibration.
     tied_share, flipped_share : float
@@ -107,6 +107,7 @@ def summarise_labels(
     relabelled: Dataset,
     calibration: str = "empirical",
     *,
+    draws: Dataset | None = None,
     reading: Mapping[str, Any] | None = None,
     pairs: Mapping[str, int] | None = None,
 ) -> LabelSummary:
@@ -118,6 +119,9 @@ def summarise_labels(
         Groups with ``rewards``, ``calibrated_rewards``, ``transformed_rewards`` and ``beta``.
     calibration : {"empirical", "pooled", "weighted"}
         What calibrated them.
+    draws : Dataset, optional
+        The groups before they were relabelled, whose draws tell the calibration error; by default
+        the relabelled ones, of which weighted calibration leaves too little for that.
     reading, pairs : mapping, optional
         Counts of reading and of pairs, to be told along.
 
@@ -145,13 +149,13 @@ def summarise_labels(
     """
     lists = [columns.REWARDS, columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS]
     check_columns(relabelled.column_names, [*lists, columns.BETA], "Call relabel first.")
-    some = relabelled.select(range(0, len(relabelled), -(-len(relabelled) // _GROUPS)))
+    some = _spaced(relabelled)
     beta = float(relabelled[0][columns.BETA])
     rewards, calibrated, phi = (_padded(some, name) for name in lists)
     margins, tied, flipped = _margins(rewards, calibrated, phi)
     values = np.quantile(margins, _QUANTILES) if margins.size else np.zeros(len(_QUANTILES))
     quantiles = {f"{q:.0%}": float(v) for q, v in zip(_QUANTILES, values, strict=True)}
-    held_out = _held_out(some, calibration)
+    held_out = _held_out(some if draws is None else _spaced(draws), calibration)
     return LabelSummary(
         groups=len(relabelled),
         responses=_responses(relabelled),
@@ -170,6 +174,10 @@ def summarise_labels(
         reading=reading or {},
         pairs=pairs or {},
     )
+
+
+def _spaced(dataset: Dataset) -> Dataset:
+    return dataset.select(range(0, len(dataset), -(-len(dataset) // _GROUPS)))
 
 
 def _padded(dataset: Dataset, name: str) -> FloatArray:
@@ -199,10 +207,14 @@ def _margins(
 
 def _held_out(some: Dataset, method: str) -> tuple[CalibrationError, FloatArray] | None:
     """Return the calibration error on the reference draws of some groups."""
-    apart = columns.REFERENCE_REWARDS in some.column_names
-    name = columns.REFERENCE_REWARDS if apart else columns.REWARDS
+    names = (columns.REFERENCE_REWARDS, columns.DRAW_REWARDS, columns.REWARDS)
+    name = next(n for n in names if n in some.column_names)
     weights, features = None, None
     if method == "weighted":
+        # of extremes the draws are known, but not the weights of those left out
+        needed = {columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS}
+        if name != columns.REWARDS or not needed.issubset(some.column_names):
+            return None
         rows = zip(some[columns.REFERENCE_LOGPS], some[columns.SAMPLER_LOGPS], strict=True)
         weights = [np.subtract(ours, theirs) for ours, theirs in rows]
     elif method == "pooled" and columns.PROMPT_FEATURES in some.column_names:

@@ -10,13 +10,16 @@ import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from plain import plain_logps
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, pairs, relabel
 from ctrl_dpo.engine.footprint import optimizer_footprint
+from ctrl_dpo.engine.generation import Sampler
 from ctrl_dpo.engine.reference import add_reference_logps
+from ctrl_dpo.sample import sample
 
 
 def scored(count: int = 4, k: int = 3) -> Dataset:
@@ -34,7 +37,9 @@ def labels(**options) -> Dataset:
     return relabel(scored(), **settings)
 
 
-def trainer(tmp_path, data=None, model=None, ref_model=None, adapter=True, **settings):
+def trainer(
+    tmp_path, data=None, model=None, ref_model=None, adapter=True, eval_data=None, **settings
+):
     defaults = {
         "learning_rate": 1e-2,
         "max_steps": 4,
@@ -50,6 +55,7 @@ def trainer(tmp_path, data=None, model=None, ref_model=None, adapter=True, **set
         model if model is not None else tiny_llama(),
         args,
         labels() if data is None else data,
+        eval_data,
         processing_class=tiny_tokenizer(),
         ref_model=ref_model,
         peft_config=lora if adapter else None,
@@ -278,6 +284,48 @@ def test_a_row_of_weight_0_is_not_learned(tmp_path):
     half.train()
     # the mean divides by all four rows
     assert loss == pytest.approx(logged(tmp_path / "half")[0]["loss"] / 2, rel=1e-6)
+
+
+def drawn_by_another_policy() -> Dataset:
+    """Draw from an adapter, whose base is the reference policy; the reward is the first byte."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0.0, 0.03)
+    prompts = Dataset.from_list([{"prompt": f"question {i}"} for i in range(4)])
+    settings = Sampler(draws=5, max_new_tokens=6, seed=1)
+    drawn = sample(prompts, adapted, settings, tokenizer=tiny_tokenizer(), log_ratios=True)
+    return drawn.map(lambda row: {"rewards": [float(ids[0]) for ids in row["response_ids"]]})
+
+
+@pytest.mark.parametrize("where", ["trainer", "relabel"])
+def test_draws_of_another_policy_train_by_their_weights(where, tmp_path):
+    data = drawn_by_another_policy()
+    with pytest.raises(ValueError, match="must be draws of the reference policy; got model"):
+        trainer(tmp_path, data.remove_columns("reference_logps"), procedure="single_draw", beta=0.3)
+    settings = {"procedure": "single_draw", "transformation": "identity", "beta": 0.3}
+    settings["calibration"] = "weighted"
+    given, options = (data, settings) if where == "trainer" else (relabel(data, **settings), {})
+    options |= {"max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+    made = trainer(tmp_path, given, eval_data=given, **options)
+    shift = np.log(0.3 * np.expm1(1 / 0.3))  # log of the mean of exp(u / beta)
+    for row, group in zip(made.train_dataset, data, strict=True):
+        rewards = np.array(group["rewards"])
+        weights = np.exp(np.subtract(group["reference_logps"], group["sampler_logps"]))
+        lower = (rewards < rewards[:, None]) + 0.5 * (rewards == rewards[:, None])
+        others = weights * (1 - np.eye(5))
+        wanted = (lower * others).sum(axis=1) / others.sum(axis=1)
+        np.testing.assert_allclose(row["targets"], wanted / 0.3 - shift, rtol=1e-12)
+        assert abs(wanted - (lower.sum(axis=1) - 0.5) / 4).max() > 0.01  # what no weights give
+    with torch.no_grad():
+        start = plain_logps(tiny_llama(), made.train_dataset)
+    found = [logp for row in made.train_dataset for logp in row["reference_logps"]]
+    np.testing.assert_allclose(found, start, rtol=1e-5)
+    made.train()
+    first, last = (row["loss"] for row in logged(tmp_path) if "loss" in row)
+    assert last < first
+    assert made.evaluate(given)["eval_loss"] == pytest.approx(made.evaluate()["eval_loss"])
 
 
 def test_metrics_of_a_step(tmp_path):

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from ctrl_dpo import to_groups
+from ctrl_dpo import RewardCalibrator, to_groups
 from ctrl_dpo.cli import app
 from ctrl_dpo.data.folders import read_rows
 from ctrl_dpo.data.layout_rows import DroppedRow, read_hh, read_pairs
 from ctrl_dpo.data.layouts import read_groups
+from ctrl_dpo.measures.label_summary import summarise_labels
+from ctrl_dpo.measures.uniformity import held_out_error
 
 USER = {"role": "user", "content": "Hi"}
 GOOD = {"role": "assistant", "content": "good"}
@@ -391,6 +393,26 @@ def test_weights_and_policies_from_the_command_line(tmp_path):
             command(*words, "--attribute-weight", word)
     with pytest.raises(ValueError, match="must be of layout 'helpsteer2'; got 'pairs'"):
         to_groups(Dataset.from_list([PAIRS[0][0]]), attribute_weights={"helpfulness": 1.0})
+
+
+def test_extremes_of_weighted_labels_through_the_command(tmp_path, rng):
+    drawn = rng.normal(0.3, 1.0, size=(30, 12))  # weighted to N(0, 1)
+    data = {"prompt": [str(i) for i in range(30)], "rewards": drawn.tolist()}
+    data |= {"responses": [[str(j) for j in range(12)]] * 30}
+    data |= {"sampler_logps": (0.3 * drawn).tolist(), "reference_logps": [[0.045] * 12] * 30}
+    Dataset.from_dict(data).to_parquet(tmp_path / "rows.parquet")
+    words = ["relabel", tmp_path / "rows.parquet", "--beta", 0.1, "--calibration", "weighted"]
+    found = reported(command(*words, "--extremes", 2, "--output", tmp_path / "out"))
+    # of all draws, not of the extremes
+    error, _ = held_out_error(RewardCalibrator("weighted"), drawn, 0.045 - 0.3 * drawn)
+    wanted = {"responses": "120", "held_out_draws": "180"}
+    wanted |= {"mean_absolute_deviation": f"{error.mean_absolute_deviation:.4g}"}
+    assert found.items() >= wanted.items()
+    made = read_rows(tmp_path / "out")
+    assert made["rewards"][:] == [
+        [r for r in row if r in (*sorted(row)[:2], *sorted(row)[-2:])] for row in drawn.tolist()
+    ]
+    assert summarise_labels(made, "weighted").calibration_error is None
 
 
 def test_flips_are_counted_before_rows_of_one_prompt_merge():

@@ -50,6 +50,13 @@ def test_reference_rewards_are_joined_unless_they_are_the_same():
     assert to_groups(Dataset.from_list([row, other]))[0]["reference_rewards"] == [0.0, 2.0, 5.0]
 
 
+def test_draws_of_which_some_are_kept_are_joined():
+    row = {"prompt": "Hi", "responses": ["a"], "rewards": [1.0], "draw_rewards": [0.0, 1.0]}
+    whole = {**row, "draw_rewards": None}
+    assert to_groups(Dataset.from_list([row, row]))[0]["draw_rewards"] == [0.0, 1.0, 0.0, 1.0]
+    assert to_groups(Dataset.from_list([row, whole]))[0]["draw_rewards"] == [0.0, 1.0, 1.0]
+
+
 def test_text_and_conversation_are_different_prompts():
     rows = [{"prompt": p, "responses": ["a"]} for p in (CHAT, [*CHAT], [{**CHAT[0], "name": None}])]
     groups, report = read_groups(Dataset.from_list(rows))

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 
 from ctrl_dpo import (
     Optimal,
@@ -202,6 +202,16 @@ def test_conversations_stay_conversations():
     assert row["rejected"] == [{"role": "assistant", "content": "answer 0 0"}]
 
 
+def test_text_of_pandas_stays_text():
+    data = groups([0.0, 1.0]).cast_column("prompt", Value("large_string"))
+    (row,) = pairs(relabel(data, **IDENTITY, beta=1.0))
+    assert (row["prompt"], row["chosen"], row["rejected"]) == (
+        "question 0",
+        "answer 0 1",
+        "answer 0 0",
+    )
+
+
 def test_ties_duplicates_and_single_responses_are_counted():
     data = groups([1.0, 1.0, 2.0], [1.0], [1.0, 2.0])
     data = data.map(lambda row: {"responses": ["same", "same"]} if len(row["rewards"]) == 2 else {})
@@ -259,12 +269,49 @@ def test_extremes_are_ranked_among_all_draws():
     assert row["rewards"] == [4.0, 0.0]
     assert row["finished"] == [False, True]
     assert row["transformed_rewards"] == [whole[0]["transformed_rewards"][i] for i in (3, 4)]
-    assert row["reference_rewards"] == [3.0, 1.0, 2.0, 4.0, 0.0]
+    assert row["draw_rewards"] == [3.0, 1.0, 2.0, 4.0, 0.0]
+    assert "reference_rewards" not in row
     # a group that is small enough stays whole, and equal targets are ordered by reward
     (same,) = relabel(data, procedure="best_of_4", beta=0.1, extremes=3)
     assert same["responses"] == whole[0]["responses"]
     with pytest.raises(ValueError, match="extremes must be an integer >= 1; got 0"):
         relabel(data, procedure="best_of_4", beta=0.1, extremes=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"procedure": "best_of_4", "target_kl": 1.0},
+        {"procedure": "worst_of_4", "beta": 0.2, "estimator": "posterior"},
+        {"procedure": "best_of_4", "beta": 0.2, "estimator": "levels"},
+        {"procedure": "best_of_4", "beta": 0.2, "calibration": "pooled"},
+    ],
+)
+def test_extremes_are_relabelled_as_the_whole_groups_are(settings, rng):
+    # of three sizes, with ties
+    data = groups(*[rng.integers(0, 9, size=n).astype(float) for n in (16, 16, 7, 3)])
+    first = relabel(data, procedure="single_draw", beta=1.0, extremes=3)
+    wanted = relabel(data, **settings, extremes=2)
+    for again in (relabel(first, **settings, extremes=2), relabel(wanted, **settings)):
+        assert again.to_dict() == wanted.to_dict()
+    assert [len(row) for row in wanted["rewards"]] == [4, 4, 4, 3]
+    method = settings.get("calibration", "empirical")
+    errors = [summarise_labels(d, method).calibration_error for d in (wanted, again)]
+    assert errors == [summarise_labels(relabel(data, **settings), method).calibration_error] * 2
+    if "calibration" not in settings:
+        stream = relabel(first.to_iterable_dataset(), **settings, extremes=2)
+        assert list(stream) == list(wanted)
+    new = first.map(lambda row: {"rewards": [0.5, *row["rewards"][1:]]})
+    with pytest.raises(ValueError, match=r"must be among .* draw_rewards, .*; got 0.5 at row 0"):
+        relabel(new, **settings)
+
+
+def test_extremes_of_new_responses_keep_what_they_are_compared_with():
+    data = groups([3.0, 1.0, 2.0], reference_rewards=[[0.0, 1.5, 4.0, 5.0]])
+    (row,) = relabel(data, **IDENTITY, beta=1.0, extremes=1)
+    assert row["calibrated_rewards"] == [0.5, 0.25]
+    assert row["reference_rewards"] == [0.0, 1.5, 4.0, 5.0]
+    assert "draw_rewards" not in row
 
 
 def test_best_and_worst_are_so_by_reward_where_targets_are_equal():
@@ -295,7 +342,7 @@ def test_pooled_calibration_of_a_dataset(rng):
 
 def test_weighted_calibration_of_a_dataset():
     logs = {"reference_logps": [[-1.0, -1.5, -2.0]], "sampler_logps": [[-1.0, -1.0, -1.0]]}
-    data = groups([1.0, 2.0, 3.0], **logs)
+    data = groups([1.0, 2.0, 3.0], **logs, sampled_from=["another policy"])
     (row,) = relabel(data, **IDENTITY, beta=1.0, calibration="weighted")
     # weights 1, e^-0.5, e^-1: the middle one beats the first of the others
     assert row["calibrated_rewards"] == pytest.approx([0.0, 1 / (1 + np.exp(-1)), 1.0])
@@ -303,13 +350,22 @@ def test_weighted_calibration_of_a_dataset():
     weights = np.exp([0.0, -0.5, -1.0])
     size = weights.sum() ** 2 / (weights**2).sum()
     assert row["effective_sample_size"] == pytest.approx(size)
+    # what the weights have settled is gone, or training would ask for it
+    assert not row.keys() & {"reference_logps", "sampled_from"}
+    kept = data.add_column("reference_computed", ["record"])
+    kept = relabel(kept, **IDENTITY, beta=1.0, calibration="weighted")
+    assert kept["reference_logps"][0] == logs["reference_logps"][0]
+    for calibration in ("empirical", "pooled"):
+        with pytest.raises(ValueError, match=f"must be 'weighted' for .*; got '{calibration}' and"):
+            relabel(kept, **IDENTITY, beta=1.0, calibration=calibration)
     picky = RewardCalibrator("weighted", min_effective_sample_size=2.9)
     with pytest.raises(ValueError, match=r"sample size must be >= 2.9; got 2.59 at row 0"):
         relabel(data, **IDENTITY, beta=1.0, calibration=picky)
     assert not hasattr(picky, "weights_")
-    apart = data.add_column("reference_rewards", [[1.0, 2.0]])
-    with pytest.raises(ValueError, match="reference_rewards must be absent for calibration='weigh"):
-        relabel(apart, **IDENTITY, beta=1.0, calibration="weighted")
+    for name in ("reference_rewards", "draw_rewards"):
+        apart = data.add_column(name, [[1.0, 2.0]])
+        with pytest.raises(ValueError, match=f"{name} must be absent for calibration='weighted'"):
+            relabel(apart, **IDENTITY, beta=1.0, calibration="weighted")
     with pytest.raises(ValueError, match="column 'sampler_logps' is missing"):
         relabel(data.remove_columns("sampler_logps"), **IDENTITY, beta=1.0, calibration="weighted")
     with pytest.raises(ValueError, match="must be finite; got -inf .* at row 0, response 0"):
@@ -320,11 +376,30 @@ def test_weighted_calibration_of_a_dataset():
         relabel(data.to_iterable_dataset(), **IDENTITY, beta=1.0, calibration="pooled")
 
 
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("rewards", "pooled"), ("reference_logps", "weighted"), ("sampler_logps", "weighted")],
+)
+def test_every_response_has_what_calibrates_it(name, method):
+    lists = {n: [[0.0, 0.0], [0.0] * 3] for n in ("rewards", "reference_logps", "sampler_logps")}
+    texts = [["a", "b"], ["c", "d", "e"]]
+    data = groups(*lists["rewards"], **lists | {"responses": texts})
+    found = relabel(data, **IDENTITY, beta=1.0, calibration=method)["calibrated_rewards"]
+    assert found[:] == [[0.5, 0.5], [0.5] * 3]
+    # as many in all, but one that belongs to the second prompt is given to the first
+    shifted = data.remove_columns(name).add_column(name, lists[name][::-1])
+    message = f"{name} must have one entry per response; got 3 for 2 responses at row 0"
+    with pytest.raises(ValueError, match=message):
+        relabel(shifted, **IDENTITY, beta=1.0, calibration=method)
+
+
 def test_prompt_features_reach_the_pooled_calibrator(rng):
     features = rng.normal(size=(30, 2))
     rewards = features[:, [0]] * 3 + rng.normal(size=(30, 3))
     data = groups(*rewards, prompt_features=features.tolist())
     made = relabel(data, **IDENTITY, beta=1.0, calibration="pooled")
+    with pytest.raises(ValueError, match="groups must have at least one row; got 0"):
+        relabel(data.select([]), **IDENTITY, beta=1.0, calibration="pooled")
     fitted = RewardCalibrator("pooled").fit(rewards, prompt_features=features)
     wanted = fitted.transform(rewards, inside=True)
     np.testing.assert_allclose(made["calibrated_rewards"], wanted, atol=1e-12)
