@@ -12,25 +12,21 @@ from ctrl_dpo._validation import (
     check_choice,
     check_columns,
     check_integer,
-    check_one_of,
-    check_positive,
     check_weight,
 )
 from ctrl_dpo.calibrate import METHODS, RewardCalibrator
 from ctrl_dpo.data import columns
 from ctrl_dpo.labels.datasets import add_calibrated, add_columns
 from ctrl_dpo.labels.extremes import keep_extremes
-from ctrl_dpo.labels.groups import LEVELS, RAW
+from ctrl_dpo.labels.groups import RAW
 from ctrl_dpo.labels.pairs import TIES, pair_batch, parse_strategy, select_pairs
-from ctrl_dpo.theory.policies import match_kl
-from ctrl_dpo.theory.procedures import Procedure, parse_procedure
+from ctrl_dpo.labels.settings import check_raw, label_settings
+from ctrl_dpo.theory.procedures import Procedure
 from ctrl_dpo.theory.rank_targets import RankOptimal
-from ctrl_dpo.transform import parse_transformation
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-ESTIMATORS = ("rank_optimal", "posterior", "plug_in", LEVELS)
 _UNSCORED = "These are unscored: run `ctrl-dpo score` first, or give `ctrl-dpo relabel` a --reward."
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
 
@@ -95,12 +91,11 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
         its draws: they tell a trainer most for their tokens. A regression on the ends alone fits a
         curve that is bent there: next to nothing for worst-of-N, but with much data one or two
         points of win rate for best-of-N (``benchmarks/partial_fit.py``), which all draws have.
-        The rewards of all draws stay in ``draw_rewards``, by which they can be relabelled again.
-        Its policy pays another KL than the budget, a larger one if it learns the labels.
+        It pays another KL than the budget. The rewards of all draws stay in ``draw_rewards``.
     anchor : float
         Anchor of the squared loss that will fit the labels, >= 0, as in
-        :class:`ctrl_dpo.CTRLDPOConfig`. ``"rank_optimal"`` labels differ with it and name it in a
-        column, unless the group is not all of the draws (``reference_rewards``, ``extremes``).
+        :class:`ctrl_dpo.CTRLDPOConfig`; ``"rank_optimal"`` labels of whole groups of draws differ
+        with it, and name it in a column.
     **map_options
         For ``datasets.map``, such as ``num_proc=4`` or ``batch_size=1000``.
 
@@ -141,11 +136,11 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     if not isinstance(calibration, RewardCalibrator):
         calibration = RewardCalibrator(check_choice("calibration", calibration, METHODS))
     if transformation == RAW:
-        _check_raw(calibration.method, estimator, target_kl)
+        check_raw(calibration.method, estimator, target_kl)
         estimator = RAW
     elif calibration.method != "empirical":
         estimator = check_choice("estimator", estimator or "plug_in", ["plug_in"])
-    settings = _settings(procedure, transformation, beta, target_kl, against, estimator)
+    settings = label_settings(procedure, transformation, beta, target_kl, against, estimator)
     if isinstance(settings["estimator"], RankOptimal):
         weight = check_weight("anchor", anchor)
         others = {columns.REFERENCE_REWARDS, columns.DRAW_REWARDS}.intersection(found)
@@ -166,65 +161,6 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
 def _names(rows: Any) -> list[str]:
     """Return the columns, of a stream that does not know them those of its first row."""
     return list(rows.column_names or next(iter(rows), {}))
-
-
-def _settings(
-    procedure: str | Procedure,
-    transformation: Any,
-    beta: float | None,
-    target_kl: float | None,
-    against: str | Procedure | None,
-    estimator: str | None,
-) -> dict[str, Any]:
-    """Return what decides the transformed rewards, beta solved for, as plain values if possible."""
-    served = parse_procedure(procedure)
-    if transformation == RAW:
-        settings = {"transformation": RAW, "procedure": str(served), "estimator": RAW}
-        return settings | {"beta": check_positive("beta", beta)}
-    opponent = None if against is None else parse_procedure(against)
-    is_optimal = transformation == "optimal"
-    given_as = check_one_of(beta=beta, target_kl=target_kl)
-    if estimator == LEVELS and given_as != "beta":
-        raise ValueError(
-            f"beta must be given for estimator='levels'; got target_kl={target_kl!r}. What KL a "
-            "beta leads to depends on every prompt's levels."
-        )
-    if given_as == "beta":
-        beta = check_positive("beta", beta)
-    else:
-        target_kl = check_positive("target_kl", target_kl)
-        given = transformation if is_optimal else parse_transformation(transformation)
-        beta = match_kl(given, served, target_kl, against=opponent)
-    made: str | RankOptimal = estimator or ("rank_optimal" if is_optimal else "posterior")
-    check_choice("estimator", made, ESTIMATORS)
-    if made == "rank_optimal":
-        if not is_optimal:
-            raise ValueError(
-                f"transformation must be 'optimal' for estimator='rank_optimal'; got "
-                f"{transformation!r}. Use estimator='posterior'."
-            )
-        made = RankOptimal(served, opponent or served, beta, target_kl)
-    return {
-        "transformation": parse_transformation(transformation, served, beta, opponent),
-        "procedure": str(served),
-        "beta": beta,
-        "estimator": made,
-    }
-
-
-def _check_raw(calibration: str, estimator: str | None, target_kl: float | None) -> None:
-    """Raise for what raw rewards do not have."""
-    if target_kl is not None:
-        raise ValueError(
-            f"beta must be given for transformation='raw'; got target_kl={target_kl!r}. What KL a "
-            "raw reward leads to depends on its distribution."
-        )
-    for name, value in (("calibration", calibration), ("estimator", estimator)):
-        if value not in {"empirical", None}:
-            raise ValueError(
-                f"{name} must be left out for transformation='raw'; got {value!r}. Raw rewards are "
-                "not calibrated."
-            )
 
 
 def pairs(

@@ -263,7 +263,7 @@ def test_levels_are_the_exact_discrete_optimum_of_each_prompt():
 
 def test_extremes_are_ranked_among_all_draws():
     data = groups([3.0, 1.0, 2.0, 4.0, 0.0], finished=[[True, False, True, False, True]])
-    whole = relabel(data, procedure="best_of_4", beta=0.1)
+    whole = relabel(data, procedure="best_of_4", beta=0.1, anchor=1.0)
     (row,) = relabel(data, procedure="best_of_4", beta=0.1, extremes=1)
     assert row["responses"] == ["answer 0 3", "answer 0 4"]
     assert row["rewards"] == [4.0, 0.0]
@@ -337,7 +337,8 @@ def test_pooled_calibration_of_a_dataset(rng):
         assert row["calibrated_rewards"] == pytest.approx(known, abs=1e-12)
         phi = Optimal("best_of_4", 0.2)(known)
         assert row["transformed_rewards"] == pytest.approx(phi, abs=1e-9)
-    assert made.column_names == relabel(data, procedure="best_of_4", beta=0.2).column_names
+    ranked = relabel(data, procedure="best_of_4", beta=0.2, estimator="posterior")
+    assert made.column_names == ranked.column_names
 
 
 def test_weighted_calibration_of_a_dataset():
