@@ -13,6 +13,7 @@ from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.batches import row_lengths
 from ctrl_dpo.engine.checks import check_one_device, check_step_zero
 from ctrl_dpo.engine.footprint import FootprintCallback
+from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.losses import group_loss, pad_groups, share_of_update
 from ctrl_dpo.engine.memory import MemoryCallback
@@ -22,13 +23,7 @@ from ctrl_dpo.engine.passes import LengthPools, collate_passes, default_tokens
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
-from ctrl_dpo.engine.rows import (
-    labelled,
-    resolve_beta,
-    resolve_procedure,
-    training_rows,
-    warn_of_overlap,
-)
+from ctrl_dpo.engine.rows import training_rows, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
 from ctrl_dpo.engine.setup import mixed_precision, set_up_policies
 from ctrl_dpo.engine.sharing import can_share_prompt

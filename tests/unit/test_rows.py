@@ -8,7 +8,8 @@ from datasets import Dataset
 from tiny import tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, match_kl, pairs, relabel
-from ctrl_dpo.engine.rows import labelled, resolve_beta, training_rows
+from ctrl_dpo.engine.labelling import labelled, resolve_beta
+from ctrl_dpo.engine.rows import training_rows
 
 GROUPS = {
     "prompt": ["one", "two"],

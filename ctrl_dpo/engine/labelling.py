@@ -1,0 +1,171 @@
+"""Dataset -> labelled dataset: which labels train, and whether they are those configured."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ctrl_dpo._validation import check_columns, check_positive
+from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
+from ctrl_dpo.data import columns
+from ctrl_dpo.data.layouts import to_groups
+from ctrl_dpo.labels.groups import RAW
+from ctrl_dpo.relabel import relabel
+from ctrl_dpo.theory.procedures import Procedure, parse_procedure
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_RELABEL = "Run `ctrl-dpo relabel` first, or set procedure and target_kl in the configuration."
+
+
+def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
+    """Return the dataset with targets, relabelling scored groups by the configuration.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Relabelled groups, scored groups, unpaired scored responses (``prompt, response, reward``),
+        pairs with ``margin``, or plain pairs.
+    config : CTRLDPOConfig
+        Its ``procedure``, ``transformation``, ``calibration``, ``beta`` and ``target_kl`` relabel
+        scored groups.
+
+    Returns
+    -------
+    Dataset
+        Groups with ``transformed_rewards``, or pairs.
+
+    Raises
+    ------
+    ValueError
+        If the dataset is empty, of no known form, or lacks what the loss needs.
+    """
+    names = dataset.column_names
+    if len(dataset) == 0:
+        raise ValueError("train_dataset must have at least one row; got 0.")
+    if columns.CHOSEN in names and columns.REJECTED in names:
+        _check_pairs(names, config)
+        return dataset
+    if columns.TRANSFORMED_REWARDS in names:
+        return dataset
+    if columns.RESPONSE in names and columns.REWARD in names:
+        dataset = _groups_of_one(dataset, config)
+        names = dataset.column_names
+    if columns.RESPONSES not in names or columns.REWARDS not in names:
+        raise ValueError(
+            "train_dataset must hold groups (prompt, responses, rewards), pairs (prompt, chosen, "
+            "rejected) or single responses (prompt, response, reward); got "
+            f"{sorted(names)}. See the README's data format."
+        )
+    procedure, transformation = config.procedure, config.transformation
+    if procedure is None and (transformation == RAW or config.loss in HARD_LABEL_LOSSES):
+        # raw rewards, or their order, as those who proposed these losses used them: for one draw
+        procedure, transformation = "single_draw", RAW
+    if procedure is None:
+        raise ValueError(f"procedure must be given for unlabelled groups; got None. {_RELABEL}")
+    return relabel(
+        dataset,
+        procedure=procedure,
+        transformation=transformation,
+        beta=config.beta,
+        target_kl=config.target_kl,
+        calibration=config.calibration,
+    )
+
+
+def _check_pairs(names: list[str], config: CTRLDPOConfig) -> None:
+    """Raise where pairs lack what the loss needs."""
+    check_columns(names, [columns.PROMPT], "to_groups splits pairs with an implicit prompt.")
+    if columns.MARGIN not in names and config.loss not in HARD_LABEL_LOSSES:
+        raise ValueError(
+            f"pairs must have a column 'margin' for loss={config.loss!r}; got {sorted(names)}. "
+            "Relabel scored groups and export pairs, or use loss='dpo'."
+        )
+    if config.anchor > 0:
+        raise ValueError(
+            f"anchor must be 0 for pairs, whose margin is a difference; got {config.anchor!r}. "
+            "Train on the relabelled groups themselves."
+        )
+
+
+def _groups_of_one(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
+    """Return unpaired responses as groups, or raise where there is nothing to rank them among."""
+    if config.anchor == 0 or config.transformation == RAW:
+        raise ValueError(
+            f"anchor must be > 0 for unpaired responses; got {config.anchor!r}. A contrastive loss "
+            "compares responses of one prompt: set anchor=1, or give groups."
+        )
+    if columns.REFERENCE_REWARDS not in dataset.column_names and config.calibration != "pooled":
+        raise ValueError(
+            "unpaired responses must have a column 'reference_rewards', rewards of draws of the "
+            f"reference policy; got {sorted(dataset.column_names)}. Draw and score some, or set "
+            "calibration='pooled'."
+        )
+    return to_groups(dataset, "unpaired", same_prompt="keep")
+
+
+def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
+    """Return the one beta of dataset and configuration, or raise where they differ.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        From :func:`labelled`.
+    config : CTRLDPOConfig
+        May name ``beta``, ``procedure`` and ``target_kl``.
+
+    Returns
+    -------
+    float
+        Strength of the KL penalty.
+
+    Raises
+    ------
+    ValueError
+        If the dataset was relabelled for several betas, or for another beta or procedure.
+    """
+    hard = config.loss in HARD_LABEL_LOSSES
+    if hard and config.beta is not None:
+        return config.beta  # the baseline's own; only the order of its pairs is used
+    for column, wanted in ((columns.PROCEDURE, config.procedure), (columns.BETA, config.beta)):
+        found = dataset.unique(column) if column in dataset.column_names else []
+        if len(found) > 1:
+            raise ValueError(
+                f"{column} must be one for the whole dataset; got {sorted(found)[:4]}. Relabel it."
+            )
+        same = not found or wanted is None or found[0] == wanted or config.accept_other_labels
+        if isinstance(wanted, float) and found:
+            same = same or abs(found[0] - wanted) <= 1e-6 * wanted
+        if not same:
+            raise ValueError(
+                f"{column} must be that of the relabelled dataset, {found[0]!r}; got {wanted!r}. "
+                "Relabel the data for it, leave it out of the configuration, or set "
+                "accept_other_labels."
+            )
+    if columns.BETA in dataset.column_names and not config.accept_other_labels:
+        return check_positive("beta", float(dataset[0][columns.BETA]))
+    if config.beta is None:
+        raise ValueError("beta must be given, since the dataset has no column 'beta'; got None.")
+    return config.beta
+
+
+def resolve_procedure(dataset: Dataset, config: CTRLDPOConfig) -> Procedure | None:
+    """Return how the policy will be used, for the predicted win rate; None where nobody says.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        From :func:`labelled`.
+    config : CTRLDPOConfig
+        Its ``procedure`` comes first.
+
+    Returns
+    -------
+    Procedure or None
+        The configuration's, else the dataset's.
+    """
+    if config.procedure is not None:
+        return parse_procedure(config.procedure)
+    if columns.PROCEDURE not in dataset.column_names:
+        return None
+    return parse_procedure(dataset[0][columns.PROCEDURE])
