@@ -38,15 +38,17 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
     Raises
     ------
     ValueError
-        If the dataset is empty, of no known form, or lacks what the loss needs.
+        If the dataset is empty, of no known form, or lacks what the loss needs, or if it has its
+        labels and the configuration says how to make them.
     """
     names = dataset.column_names
     if len(dataset) == 0:
         raise ValueError("train_dataset must have at least one row; got 0.")
-    if columns.CHOSEN in names and columns.REJECTED in names:
+    are_pairs = columns.CHOSEN in names and columns.REJECTED in names
+    if are_pairs:
         _check_pairs(names, config)
-        return dataset
-    if columns.TRANSFORMED_REWARDS in names:
+    if are_pairs or columns.TRANSFORMED_REWARDS in names:
+        _check_unused(names, config)
         return dataset
     if columns.RESPONSE in names and columns.REWARD in names:
         dataset = _groups_of_one(dataset, config)
@@ -66,11 +68,26 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
     return relabel(
         dataset,
         procedure=procedure,
-        transformation=transformation,
+        transformation=transformation or "optimal",
         beta=config.beta,
         target_kl=config.target_kl,
-        calibration=config.calibration,
+        calibration=config.calibration or "empirical",
     )
+
+
+def _check_unused(names: list[str], config: CTRLDPOConfig) -> None:
+    """Raise where a setting says how to label a dataset that has its labels."""
+    # what the dataset tells of them is compared by resolve_beta
+    unused = ["target_kl", "calibration"]
+    if columns.TRANSFORMATION not in names:
+        unused.append("transformation")
+    for name in unused:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"{name} must be left out for a dataset that has its labels; got "
+                f"{getattr(config, name)!r} with columns {sorted(names)}. Nothing would use it: "
+                "give scored groups (prompt, responses, rewards), or relabel the data for it."
+            )
 
 
 def _check_pairs(names: list[str], config: CTRLDPOConfig) -> None:
@@ -105,14 +122,14 @@ def _groups_of_one(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
 
 
 def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
-    """Return the one beta of dataset and configuration, or raise where they differ.
+    """Return the one beta of dataset and configuration, or raise where their labels differ.
 
     Parameters
     ----------
     dataset : Dataset
         From :func:`labelled`.
     config : CTRLDPOConfig
-        May name ``beta``, ``procedure`` and ``target_kl``.
+        May name ``beta``, ``procedure`` and ``transformation``.
 
     Returns
     -------
@@ -122,12 +139,14 @@ def resolve_beta(dataset: Dataset, config: CTRLDPOConfig) -> float:
     Raises
     ------
     ValueError
-        If the dataset was relabelled for several betas, or for another beta or procedure.
+        If the dataset was relabelled for several betas, procedures or transformations, or for
+        another one than the configuration names.
     """
     hard = config.loss in HARD_LABEL_LOSSES
     if hard and config.beta is not None:
         return config.beta  # the baseline's own; only the order of its pairs is used
-    for column, wanted in ((columns.PROCEDURE, config.procedure), (columns.BETA, config.beta)):
+    for column in (columns.PROCEDURE, columns.TRANSFORMATION, columns.BETA):
+        wanted = getattr(config, column)
         found = dataset.unique(column) if column in dataset.column_names else []
         if len(found) > 1:
             raise ValueError(

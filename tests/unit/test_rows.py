@@ -143,6 +143,41 @@ def test_one_beta_and_one_procedure(tmp_path):
         resolve_beta(made.remove_columns("beta"), config(tmp_path))
 
 
+def test_the_transformation_of_the_dataset_is_the_one_configured(tmp_path):
+    made = relabel(scored(), procedure="best_of_4", transformation="exponential:5", beta=0.5)
+    for data in (made, pairs(made)):
+        assert resolve_beta(data, config(tmp_path, transformation="exponential:5")) == 0.5
+        other = config(tmp_path, transformation="identity")
+        message = "transformation must be that of .*, 'exponential:5.0'; got 'identity'. Relabel"
+        with pytest.raises(ValueError, match=message):
+            resolve_beta(labelled(data, other), other)
+    accepted = {"transformation": "identity", "accept_other_labels": True, "beta": 0.7}
+    assert resolve_beta(made, config(tmp_path, **accepted)) == 0.7
+    named = made.remove_columns("transformation").add_column("transformation", ["log", "raw"])
+    with pytest.raises(ValueError, match="transformation must be one .*; got .'log', 'raw'."):
+        resolve_beta(named, config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("setting", "lacks"),
+    [
+        ({"target_kl": 3.0}, []),
+        ({"calibration": "empirical"}, []),
+        ({"transformation": "identity"}, ["transformation"]),
+    ],
+)
+def test_a_setting_that_would_label_a_labelled_dataset_is_refused(setting, lacks, tmp_path):
+    ((name, value),) = setting.items()
+    made = relabel(scored(), procedure="best_of_4", transformation="identity", beta=0.5)
+    for data in (made, pairs(made)):
+        message = f"{name} must be left out for a dataset that has its labels; got {value!r} with"
+        with pytest.raises(ValueError, match=message):
+            labelled(data.remove_columns(lacks), config(tmp_path, **setting))
+    args = config(tmp_path, procedure="best_of_4", **{"target_kl": 3.0} | setting)
+    wanted = args.transformation or "optimal"
+    assert labelled(scored(), args)["transformation"][:] == [wanted] * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
