@@ -39,7 +39,7 @@ class CTRLDPOConfig(TrainingArguments):
 
     loss: str = _doc(
         "squared, softmax or soft_label fit the log-ratios to their targets; dpo and ipo use only "
-        "the order of the responses.",
+        "the order of the rewards.",
         "squared",
     )
     beta: float | None = _doc(
@@ -179,5 +179,15 @@ class CTRLDPOConfig(TrainingArguments):
                 "enable_jit_checkpoint must be False; got True. SIGTERM and SIGINT save a complete "
                 "checkpoint without it."
             )
-        if self.loss in HARD_LABEL_LOSSES and self.beta is None:
+        if self.loss in HARD_LABEL_LOSSES:
+            self._check_hard_label()
+
+    def _check_hard_label(self) -> None:
+        if self.beta is None:
             raise ValueError(f"beta must be given for loss={self.loss!r}; got None. Try 0.1.")
+        for name in ("transformation", "calibration"):
+            if getattr(self, name) not in (None, RAW):
+                raise ValueError(
+                    f"{name} must be left out for loss={self.loss!r}, which uses only the order of "
+                    f"the rewards; got {getattr(self, name)!r}."
+                )

@@ -218,8 +218,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         loss = share_of_update(losses, num_items_in_batch, self.accelerator.num_processes)
         with torch.no_grad():
             padded, _ = pad_groups(logps[members], *where)
-            found = batch_metrics(logratios, targets, mask, padded, self.beta, self.procedure)
-            means.add(found | token_metrics(inputs))
+            order, _ = pad_groups(inputs["order"], *where)
+            each = logratios, targets, order, mask, padded
+            means.add(batch_metrics(*each, self.beta, self.procedure) | token_metrics(inputs))
         return (loss, {"logratios": logratios}) if return_outputs else loss
 
     def _logps(self, model: Any, inputs: Any) -> torch.Tensor:

@@ -28,7 +28,7 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
         pairs with ``margin``, or plain pairs.
     config : CTRLDPOConfig
         Its ``procedure``, ``transformation``, ``calibration``, ``beta`` and ``target_kl`` relabel
-        scored groups.
+        scored groups; for the losses ``dpo`` and ``ipo`` their raw rewards are the labels.
 
     Returns
     -------
@@ -59,10 +59,11 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
             "rejected) or single responses (prompt, response, reward); got "
             f"{sorted(names)}. See the README's data format."
         )
-    procedure, transformation = config.procedure, config.transformation
-    if procedure is None and (transformation == RAW or config.loss in HARD_LABEL_LOSSES):
-        # raw rewards, or their order, as those who proposed these losses used them: for one draw
-        procedure, transformation = "single_draw", RAW
+    # a transformation may tie rewards, of which a hard-label loss uses the order
+    hard = config.loss in HARD_LABEL_LOSSES
+    procedure, transformation = config.procedure, RAW if hard else config.transformation
+    if procedure is None and transformation == RAW:
+        procedure = "single_draw"  # as those who proposed these losses used them
     if procedure is None:
         raise ValueError(f"procedure must be given for unlabelled groups; got None. {_RELABEL}")
     return relabel(

@@ -7,8 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ctrl_dpo._validation import check_finite
-from ctrl_dpo.config import CTRLDPOConfig
+from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.token_groups import TokenizedGroup, count_tokens
 from ctrl_dpo.data.tokens import tokenize_group
@@ -41,19 +43,21 @@ def training_rows(
     Returns
     -------
     rows : list of dict
-        ``prompt_ids``, ``response_ids``, ``targets`` (nats), ``truncated``, ``weight`` and, where
-        the dataset has them, ``reference_logps``. Pairs of one prompt are one row, with
-        ``members``.
+        ``prompt_ids``, ``response_ids``, ``targets`` (nats; for the losses ``dpo`` and ``ipo`` the
+        ``order``), ``order`` (ranks of the rewards, of the targets where there are none),
+        ``truncated``, ``weight`` and, where the dataset has them, ``reference_logps``. Pairs of
+        one prompt are one row, with ``members``.
     counts : dict of str to int
         Rows in, kept and dropped, and what tokenisation did.
 
     Raises
     ------
     ValueError
-        If no row is left, a target is not finite, a weight is not a finite number >= 0, or
-        log-probabilities of the dataset are of tokens that are cut.
+        If no row is left, a target or reward is not finite, a weight is not a finite number >= 0,
+        or log-probabilities of the dataset are of tokens that are cut.
     """
     rows, tokenised, dropped, cut_alike = [], [], 0, 0
+    hard = config.loss in HARD_LABEL_LOSSES
     for index, row in enumerate(dataset):
         if config.anchor > 0 and row.get(columns.LOG_NORMALISER) is None:
             raise ValueError(
@@ -62,6 +66,7 @@ def training_rows(
             )
         group = _group(row, beta)
         check_finite(f"targets of train_dataset's row {index}", group["targets"])
+        order = _order(group, index)
         if len(group["responses"]) < 2 and config.anchor == 0:
             dropped += 1  # a contrastive loss has nothing to compare
             continue
@@ -74,7 +79,8 @@ def training_rows(
             {
                 "prompt_ids": tokens.prompt_ids,
                 "response_ids": tokens.response_ids,
-                "targets": group["targets"],
+                "targets": order if hard else group["targets"],
+                "order": order,
                 "truncated": _truncated(group, tokens),
                 "weight": _weight(row, index),
                 "reference_logps": _reference_logps(row, tokens, index),
@@ -176,6 +182,14 @@ def _group(row: Mapping[str, Any], beta: float) -> dict[str, Any]:
     if row.get(columns.CHOSEN_FINISHED) is not None:
         group[columns.FINISHED] = [row[columns.CHOSEN_FINISHED], row[columns.REJECTED_FINISHED]]
     return group
+
+
+def _order(group: Mapping[str, Any], index: int) -> list[int]:
+    """Return ranks of the responses, equal only for equal rewards; targets may tie unequal ones."""
+    values = group.get(columns.REWARDS) or group["targets"]
+    finite = check_finite(f"rewards of train_dataset's row {index}", values)
+    ranks: list[int] = np.unique(finite, return_inverse=True)[1].tolist()
+    return ranks
 
 
 def _text(response: Any) -> str:

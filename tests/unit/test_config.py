@@ -47,6 +47,14 @@ def test_defaults(tmp_path):
         ({"transformation": "exponential:0"}, "rate must be a number other than 0 .*; got 0.0"),
         ({"beta": 1.0, "target_kl": 1.0}, "beta and target_kl exclude each other; got 1.0 and 1.0"),
         ({"loss": "dpo"}, "beta must be given for loss='dpo'; got None"),
+        (
+            {"loss": "dpo", "beta": 1.0, "transformation": "identity"},
+            "transformation must be left out for loss='dpo', .* order of the rewards; got 'ident",
+        ),
+        (
+            {"loss": "ipo", "beta": 1.0, "calibration": "pooled"},
+            "calibration must be left out for loss='ipo', .*; got 'pooled'",
+        ),
         ({"procedure": "best_of_none"}, "got 'best_of_none'"),
     ],
 )

@@ -8,7 +8,8 @@ from datasets import Dataset
 from tiny import tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, match_kl, pairs, relabel
-from ctrl_dpo.engine.labelling import labelled, resolve_beta
+from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
 from ctrl_dpo.engine.rows import training_rows
 
 GROUPS = {
@@ -75,6 +76,39 @@ def test_plain_pairs_serve_the_hard_label_losses(tmp_path):
     assert rows[0]["targets"][0] > rows[0]["targets"][1]
     with pytest.raises(ValueError, match="must have a column 'margin' for loss='squared'; got"):
         rows_of(plain, config(tmp_path, beta=0.1))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_hard_label_losses_order_by_the_rewards(loss, tmp_path):
+    """Rank-optimal targets of best-of-4 tie all but the best; no pair is lost to that."""
+    made = relabel(scored(), procedure="best_of_4", beta=0.5)
+    assert [len(set(values)) for values in made["transformed_rewards"]] == [2, 2]
+    args = config(tmp_path, loss=loss, beta=0.1, procedure="best_of_4")
+    for data in (scored(), made):
+        rows, _ = rows_of(data, args)
+        assert [row["targets"] for row in rows] == [[0, 1, 2], [2, 0, 1]]
+        assert str(resolve_procedure(labelled(data, args), args)) == "best_of_4"
+    # the dataset's procedure, where the configuration names none
+    args = config(tmp_path, loss=loss, beta=0.1)
+    assert str(resolve_procedure(labelled(made, args), args)) == "best_of_4"
+    assert rows_of(made, args)[0][0]["targets"] == [0, 1, 2]
+    # without rewards, the order of the labels is what there is
+    assert rows_of(made.remove_columns("rewards"), args)[0][1]["targets"] == [1, 0, 0]
+
+
+def test_rows_keep_the_order_that_targets_tie(tmp_path):
+    made = relabel(
+        scored(rewards=[[0.0, 1.0, 2.0], [1e-320, 0.0, 0.0]]), procedure="best_of_4", beta=1
+    )
+    rows, _ = rows_of(made, config(tmp_path))
+    assert [row["order"] for row in rows] == [[0, 1, 2], [1, 0, 0]]
+    assert rows[0]["targets"][0] == rows[0]["targets"][1]
+    assert collate(rows)["order"].tolist() == [0, 1, 2, 1, 0, 0]
+    (pair, _), _ = rows_of(pairs(made), config(tmp_path))
+    assert pair["order"] == [1, 0]
+    spoilt = made.remove_columns("rewards").add_column("rewards", [[0.0, 1.0, None]] * 2)
+    with pytest.raises(ValueError, match="rewards of train_dataset's row 0 must be finite; got 1 "):
+        rows_of(spoilt, config(tmp_path))
 
 
 def test_conversational_pairs(tmp_path):
