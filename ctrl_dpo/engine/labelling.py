@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ctrl_dpo._validation import check_columns, check_positive
 from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
@@ -13,6 +15,7 @@ from ctrl_dpo.relabel import relabel
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 _RELABEL = "Run `ctrl-dpo relabel` first, or set procedure and target_kl in the configuration."
@@ -38,15 +41,15 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
     Raises
     ------
     ValueError
-        If the dataset is empty, of no known form, or lacks what the loss needs, or if it has its
-        labels and the configuration says how to make them.
+        If the dataset is empty, of no known form, or lacks what the loss needs, if a margin is not
+        a finite number >= 0, or if it has its labels and the configuration says how to make them.
     """
     names = dataset.column_names
     if len(dataset) == 0:
         raise ValueError("train_dataset must have at least one row; got 0.")
     are_pairs = columns.CHOSEN in names and columns.REJECTED in names
     if are_pairs:
-        _check_pairs(names, config)
+        _check_pairs(dataset, config)
     if are_pairs or columns.TRANSFORMED_REWARDS in names:
         _check_unused(names, config)
         return dataset
@@ -91,8 +94,9 @@ def _check_unused(names: list[str], config: CTRLDPOConfig) -> None:
             )
 
 
-def _check_pairs(names: list[str], config: CTRLDPOConfig) -> None:
+def _check_pairs(dataset: Dataset, config: CTRLDPOConfig) -> None:
     """Raise where pairs lack what the loss needs."""
+    names = dataset.column_names
     check_columns(names, [columns.PROMPT], "to_groups splits pairs with an implicit prompt.")
     if columns.MARGIN not in names and config.loss not in HARD_LABEL_LOSSES:
         raise ValueError(
@@ -103,6 +107,24 @@ def _check_pairs(names: list[str], config: CTRLDPOConfig) -> None:
         raise ValueError(
             f"anchor must be 0 for pairs, whose margin is a difference; got {config.anchor!r}. "
             "Train on the relabelled groups themselves."
+        )
+    if columns.MARGIN in names:
+        _check_margins(dataset.select_columns([columns.MARGIN]).with_format("arrow")[:])
+
+
+def _check_margins(table: pa.Table) -> None:
+    """Raise unless every pair has a margin, and one that keeps its responses' places."""
+    values = table[columns.MARGIN].to_numpy()
+    good = np.zeros(len(values), dtype=bool)
+    if values.dtype.kind in "fiu":
+        good = np.isfinite(values) & (values >= 0)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise ValueError(
+            "margin must be a finite number >= 0; got "
+            f"{table[columns.MARGIN][row].as_py()!r} at row {row}, the first of {(~good).sum()} "
+            f"of {len(good)}. Drop those rows, swap chosen and rejected where it is negative, or "
+            "remove the column for loss='dpo'."
         )
 
 

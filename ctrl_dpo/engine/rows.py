@@ -170,12 +170,11 @@ def _group(row: Mapping[str, Any], beta: float) -> dict[str, Any]:
         shift = row[columns.LOG_NORMALISER] or 0.0  # raw rewards have none, and no anchor
         targets = [phi / beta - shift for phi in row[columns.TRANSFORMED_REWARDS]]
         return {**row, "targets": targets}
-    margin = row.get(columns.MARGIN)
     group = {
         "prompt": row["prompt"],
         "responses": [_text(row[columns.CHOSEN]), _text(row[columns.REJECTED])],
         # only the difference counts; a plain pair's is 1, of which only the sign is used
-        "targets": [(1.0 if margin is None else margin) / beta, 0.0],
+        "targets": [row.get(columns.MARGIN, 1.0) / beta, 0.0],
     }
     if row.get(columns.CHOSEN_IDS) is not None:
         group[columns.RESPONSE_IDS] = [row[columns.CHOSEN_IDS], row[columns.REJECTED_IDS]]

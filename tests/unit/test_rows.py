@@ -306,6 +306,28 @@ def test_pairs_need_their_prompt_and_no_anchor(tmp_path):
         rows_of(made.remove_columns("prompt"), config(tmp_path))
 
 
+@pytest.mark.parametrize("loss", [{}, {"loss": "dpo"}])
+@pytest.mark.parametrize(
+    ("margins", "message"),
+    [
+        ([1.0, None, -2.0], "got None at row 1, the first of 2 of 3"),
+        ([1, None, 2], "got None at row 1, the first of 1 of 3"),
+        ([0.5, 0.0, -2.0], "got -2.0 at row 2, the first of 1 of 3. Drop those rows, swap"),
+        ([0, 3, -1], "got -1 at row 2, the first of 1 of 3"),
+        ([float("inf"), 1.0, float("nan")], "got inf at row 0, the first of 2 of 3"),
+        ([None, None, None], "got None at row 0, the first of 3 of 3"),
+        (["0.5", "1", "2"], "got '0.5' at row 0, the first of 3 of 3"),
+    ],
+)
+def test_margins_that_are_none_are_refused_by_row(margins, message, loss, tmp_path):
+    data = Dataset.from_dict({"prompt": ["q"] * 3, "chosen": ["a"] * 3, "rejected": ["b"] * 3})
+    data = data.add_column("margin", margins)
+    with pytest.raises(ValueError, match=f"margin must be a finite number >= 0; {message}"):
+        labelled(data, config(tmp_path, beta=0.1, **loss))
+    good = data.remove_columns("margin").add_column("margin", [0.0, 0.5, 2.0])
+    assert labelled(good, config(tmp_path, beta=0.1, **loss))["margin"][:] == [0.0, 0.5, 2.0]
+
+
 def test_reference_values_of_other_tokens_are_refused(tmp_path):
     logps = [[-1.0, -2.0, -3.0]] * 2
     made = relabel(scored(reference_logps=logps), procedure="single_draw", beta=0.5)
