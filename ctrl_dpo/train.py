@@ -11,7 +11,7 @@ import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.batches import row_lengths
-from ctrl_dpo.engine.checks import check_one_device, check_step_zero
+from ctrl_dpo.engine.checks import check_context, check_one_device, check_step_zero
 from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
 from ctrl_dpo.engine.logprobs import response_logps
@@ -109,10 +109,12 @@ class CTRLDPOTrainer(ResumableTrainer):
         identity = self.reference.identity
         logger.info("reference policy: %s (%s)", self.reference.kind, identity)
         check_provenance(data, identity, tokenizer)
+        check_context(model, rows, "train_dataset")
         self.reference_computed = self._settle_computation(model, rows, tokenizer, args)
         for each in (data, *parts.values()):
             check_computation(each, self.reference_computed)
         for eval_rows in evaluated.values():
+            check_context(model, eval_rows, "eval_dataset")
             warn_of_overlap(rows, eval_rows)
         self._add_reference_logps([row for p in (rows, *evaluated.values()) for row in p], args)
         self._is_fresh = True
@@ -191,6 +193,7 @@ class CTRLDPOTrainer(ResumableTrainer):
                 )
             check_computation(eval_dataset, self.reference_computed)
             eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
+            check_context(self.model, eval_dataset, "eval_dataset")
             self._add_reference_logps(eval_dataset, self.args)
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return found

@@ -45,8 +45,8 @@ def training_rows(
     rows : list of dict
         ``prompt_ids``, ``response_ids``, ``targets`` (nats; for the losses ``dpo`` and ``ipo`` the
         ``order``), ``order`` (ranks of the rewards, of the targets where there are none),
-        ``truncated``, ``weight`` and, where the dataset has them, ``reference_logps``. Pairs of
-        one prompt are one row, with ``members``.
+        ``truncated``, ``dataset_rows`` (where each response comes from), ``weight`` and, where the
+        dataset has them, ``reference_logps``. Pairs of one prompt are one row, with ``members``.
     counts : dict of str to int
         Rows in, kept and dropped, and what tokenisation did.
 
@@ -82,6 +82,7 @@ def training_rows(
                 "targets": order if hard else group["targets"],
                 "order": order,
                 "truncated": _truncated(group, tokens),
+                "dataset_rows": [index] * len(tokens.response_ids),
                 "weight": _weight(row, index),
                 "reference_logps": _reference_logps(row, tokens, index),
             }
