@@ -75,9 +75,6 @@ def _our_trainer(
     options["model_dtype"] = workload.get("dtype", "bfloat16")
     if "share_prompt" in workload:
         options["share_prompt"] = workload["share_prompt"]
-    if "rewards" in data.column_names:
-        options["procedure"] = "single_draw"
-        options["transformation"] = "identity"
     args = CTRLDPOConfig(**common, per_device_train_batch_size=workload["per_step"], **options)
     return CTRLDPOTrainer(model, args, data, **parts)
 

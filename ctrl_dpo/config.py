@@ -14,7 +14,9 @@ from ctrl_dpo.calibrate import METHODS
 from ctrl_dpo.engine.checks import check_attention
 from ctrl_dpo.engine.models import DTYPES, fast_dtype
 from ctrl_dpo.engine.passes import default_tokens
+from ctrl_dpo.labels.groups import RAW
 from ctrl_dpo.theory.procedures import parse_procedure
+from ctrl_dpo.transform import parse_transformation
 
 LOSSES = ("squared", "soft_label", "softmax", "dpo", "ipo")
 HARD_LABEL_LOSSES = ("dpo", "ipo")
@@ -37,7 +39,7 @@ class CTRLDPOConfig(TrainingArguments):
 
     loss: str = _doc(
         "squared, softmax or soft_label fit the log-ratios to their targets; dpo and ipo use only "
-        "the order of the responses.",
+        "the order of the rewards.",
         "squared",
     )
     beta: float | None = _doc(
@@ -55,17 +57,20 @@ class CTRLDPOConfig(TrainingArguments):
         "is checked against relabelled ones.",
         None,
     )
-    transformation: str = _doc(
-        "Transformation of calibrated rewards, when relabelling; raw takes rewards as they are "
-        "(REBEL with loss=squared, RPO with loss=soft_label).",
-        "optimal",
+    transformation: str | None = _doc(
+        "Transformation of calibrated rewards: relabels unlabelled groups, by default optimal, and "
+        "is checked against relabelled ones; raw takes rewards as they are (REBEL with "
+        "loss=squared, RPO with loss=soft_label).",
+        None,
     )
-    calibration: str = _doc(
-        "How rewards are calibrated, when relabelling: empirical, pooled or weighted.", "empirical"
+    calibration: str | None = _doc(
+        "How rewards are calibrated, when relabelling: empirical (the default), pooled or "
+        "weighted.",
+        None,
     )
     accept_other_labels: bool = _doc(
-        "Train on a dataset that was relabelled for another beta or procedure than named here: "
-        "its transformed rewards are used with this beta.",
+        "Train on a dataset that was relabelled for another beta, procedure or transformation than "
+        "named here: its transformed rewards are used with this beta.",
         False,
     )
     target_kl: float | None = _doc("KL budget in nats per response, when relabelling.", None)
@@ -116,16 +121,14 @@ class CTRLDPOConfig(TrainingArguments):
         check_choice("loss", self.loss, LOSSES)
         if self.model_dtype is not None:
             check_choice("model_dtype", self.model_dtype, DTYPES)
-        check_choice("calibration", self.calibration, METHODS)
-        for name in ("beta", "target_kl"):
-            if getattr(self, name) is not None:
-                check_positive(name, getattr(self, name))
-        for name in ("max_prompt_length", "max_response_length", "max_tokens_per_pass"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
+        if self.calibration is not None:
+            check_choice("calibration", self.calibration, METHODS)
         self._check_numbers()
         if self.procedure is not None:
             self.procedure = str(parse_procedure(self.procedure))
+        if self.transformation not in (None, RAW):
+            # only its name: the procedure and beta of the optimal one are those of the labels
+            self.transformation = str(parse_transformation(self.transformation, "single_draw", 1.0))
         self._check_conflicts()
         if not self.optim:
             self.optim = "adamw_8bit" if self.load_in_8bit else "adamw_torch"
@@ -139,6 +142,12 @@ class CTRLDPOConfig(TrainingArguments):
             self.max_tokens_per_pass = default_tokens(self.device)
 
     def _check_numbers(self) -> None:
+        for name in ("beta", "target_kl"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        for name in ("max_prompt_length", "max_response_length", "max_tokens_per_pass"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
         if not check_positive("learning_rate", self.learning_rate) <= 1:
             raise ValueError(
                 f"learning_rate must be <= 1; got {self.learning_rate!r}. An Adam step moves every "
@@ -153,7 +162,7 @@ class CTRLDPOConfig(TrainingArguments):
             raise ValueError(f"anchor must be >= 0; got {self.anchor!r}.")
         if self.anchor > 0 and self.loss != "squared":
             raise ValueError(f"anchor must be 0 unless loss is squared; got loss={self.loss!r}.")
-        if self.anchor > 0 and (self.transformation == "raw" or self.accept_other_labels):
+        if self.anchor > 0 and (self.transformation == RAW or self.accept_other_labels):
             raise ValueError(
                 "anchor must be 0 where the normaliser is not known; got "
                 f"transformation={self.transformation!r}, "
@@ -170,5 +179,15 @@ class CTRLDPOConfig(TrainingArguments):
                 "enable_jit_checkpoint must be False; got True. SIGTERM and SIGINT save a complete "
                 "checkpoint without it."
             )
-        if self.loss in HARD_LABEL_LOSSES and self.beta is None:
+        if self.loss in HARD_LABEL_LOSSES:
+            self._check_hard_label()
+
+    def _check_hard_label(self) -> None:
+        if self.beta is None:
             raise ValueError(f"beta must be given for loss={self.loss!r}; got None. Try 0.1.")
+        for name in ("transformation", "calibration"):
+            if getattr(self, name) not in (None, RAW):
+                raise ValueError(
+                    f"{name} must be left out for loss={self.loss!r}, which uses only the order of "
+                    f"the rewards; got {getattr(self, name)!r}."
+                )

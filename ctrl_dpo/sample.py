@@ -26,7 +26,12 @@ from ctrl_dpo.engine.generation import (
 from ctrl_dpo.engine.identity import model_identity
 from ctrl_dpo.engine.kv_cache import use_decode_attention, use_training_attention
 from ctrl_dpo.engine.logprobs import response_logps
-from ctrl_dpo.engine.models import load_policy, load_tokenizer, prepare_for_generation
+from ctrl_dpo.engine.models import (
+    context_length,
+    load_policy,
+    load_tokenizer,
+    prepare_for_generation,
+)
 from ctrl_dpo.engine.provenance import provenance
 from ctrl_dpo.engine.reference import reference_logps
 
@@ -225,7 +230,7 @@ def _occurrences(ids: Sequence[Sequence[int]]) -> list[int]:
 
 def _check_lengths(ids: Sequence[Sequence[int]], model: Any, sampler: Sampler) -> None:
     """Raise unless every prompt leaves room for a response in the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model.config)
     if context is None:
         return
     room = context - sampler.max_new_tokens

@@ -11,8 +11,9 @@ import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.batches import row_lengths
-from ctrl_dpo.engine.checks import check_one_device, check_step_zero
+from ctrl_dpo.engine.checks import check_context, check_one_device, check_step_zero
 from ctrl_dpo.engine.footprint import FootprintCallback
+from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.losses import group_loss, pad_groups, share_of_update
 from ctrl_dpo.engine.memory import MemoryCallback
@@ -22,13 +23,7 @@ from ctrl_dpo.engine.passes import LengthPools, collate_passes, default_tokens
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
-from ctrl_dpo.engine.rows import (
-    labelled,
-    resolve_beta,
-    resolve_procedure,
-    training_rows,
-    warn_of_overlap,
-)
+from ctrl_dpo.engine.rows import training_rows, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
 from ctrl_dpo.engine.setup import mixed_precision, set_up_policies
 from ctrl_dpo.engine.sharing import can_share_prompt
@@ -114,10 +109,12 @@ class CTRLDPOTrainer(ResumableTrainer):
         identity = self.reference.identity
         logger.info("reference policy: %s (%s)", self.reference.kind, identity)
         check_provenance(data, identity, tokenizer)
+        check_context(model, rows, "train_dataset")
         self.reference_computed = self._settle_computation(model, rows, tokenizer, args)
         for each in (data, *parts.values()):
             check_computation(each, self.reference_computed)
         for eval_rows in evaluated.values():
+            check_context(model, eval_rows, "eval_dataset")
             warn_of_overlap(rows, eval_rows)
         self._add_reference_logps([row for p in (rows, *evaluated.values()) for row in p], args)
         self._is_fresh = True
@@ -197,6 +194,7 @@ class CTRLDPOTrainer(ResumableTrainer):
             eval_dataset = labelled(eval_dataset, self.args)
             check_computation(eval_dataset, self.reference_computed)
             eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
+            check_context(self.model, eval_dataset, "eval_dataset")
             self._add_reference_logps(eval_dataset, self.args)
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return found
@@ -224,8 +222,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         loss = share_of_update(losses, num_items_in_batch, self.accelerator.num_processes)
         with torch.no_grad():
             padded, _ = pad_groups(logps[members], *where)
-            found = batch_metrics(logratios, targets, mask, padded, self.beta, self.procedure)
-            means.add(found | token_metrics(inputs))
+            order, _ = pad_groups(inputs["order"], *where)
+            each = logratios, targets, order, mask, padded
+            means.add(batch_metrics(*each, self.beta, self.procedure) | token_metrics(inputs))
         return (loss, {"logratios": logratios}) if return_outputs else loss
 
     def _logps(self, model: Any, inputs: Any) -> torch.Tensor:

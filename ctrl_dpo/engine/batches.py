@@ -22,10 +22,10 @@ def collate(
     ----------
     groups : sequence of mapping
         ``prompt_ids`` (list of int), ``response_ids`` (list of list of int), and lists of one
-        number per response: ``targets``, and ``reference_logps`` where they are known. From
-        :func:`ctrl_dpo.engine.merged_pairs.merge_pairs` also ``members``: the loss is then that of
-        several groups, given by the places of their responses, ``targets`` has one number per
-        member, and ``weight`` one per group.
+        number per response: ``targets`` and their ``order``, and ``reference_logps`` where they are
+        known. From :func:`ctrl_dpo.engine.merged_pairs.merge_pairs` also ``members``: the loss is
+        then that of several groups, given by the places of their responses, ``targets`` and
+        ``order`` have one number per member, and ``weight`` one per group.
     share_prompt : bool
         One row per group, in which a response sees the prompt and itself, where that is faster
         (:func:`pays_to_share`); else one per response.
@@ -38,8 +38,8 @@ def collate(
         ``predictors`` ``(n_tokens,)``, the flat place whose output predicts the token,
         ``token_ids`` and ``owners``, the response it belongs to. For the responses in order:
         ``lengths`` in tokens and ``reference_logps``, ``(n_responses,)``. For the members of the
-        loss's groups in order: ``members``, the response, ``group_of``, ``slot_of`` and
-        ``targets``, ``(n_members,)``; each response is one member unless pairs were merged.
+        loss's groups in order: ``members``, the response, ``group_of``, ``slot_of``, ``targets``
+        and ``order``, ``(n_members,)``; each response is one member unless pairs were merged.
         ``weights`` of the loss's groups, ``(n_groups,)``.
     """
     rows = _rows(groups, share_prompt)
@@ -64,7 +64,7 @@ def collate(
     batch["owners"] = torch.tensor(owners)
     batch["lengths"] = torch.tensor([len(r) for g in groups for r in g["response_ids"]])
     batch |= _members(groups)
-    for column in ("targets", "reference_logps", "truncated"):
+    for column in ("targets", "order", "reference_logps", "truncated"):
         if groups[0].get(column) is not None:
             batch[column] = torch.tensor([float(x) for g in groups for x in g[column]])
     return batch

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ctrl_dpo.engine.int8 import linear_8bit_modules
-from ctrl_dpo.engine.models import load_tokenizer
+from ctrl_dpo.engine.models import context_length, load_tokenizer
 from ctrl_dpo.engine.policies import ADAPTER_OFF, FROZEN_ADAPTER, ReferencePolicy
 
 # nats per response by which policy and reference may differ before the first update on an
@@ -187,6 +188,38 @@ def check_tokenizer(tokenizer: Any, model: Any, what: str) -> None:
         raise ValueError(
             f"processing_class must be the tokenizer of {what}; got another id for {len(other)} of "
             f"its {len(own)} tokens, first {other[0]!r} in {str(folder)!r}. Give the model's own."
+        )
+
+
+def check_context(model: Any, rows: Sequence[Mapping[str, Any]], what: str) -> None:
+    """Raise where a prompt and its longest response are more than the model is made for.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        The policy.
+    rows : sequence of mapping
+        From :func:`ctrl_dpo.engine.rows.training_rows`.
+    what : {"train_dataset", "eval_dataset"}
+        Their name in the error.
+
+    Raises
+    ------
+    ValueError
+        If a row has more tokens than the model has positions.
+    """
+    context = context_length(model.config)
+    longest = [max(map(len, row["response_ids"])) for row in rows]
+    sizes = [len(row["prompt_ids"]) + size for row, size in zip(rows, longest, strict=True)]
+    over = [i for i, size in enumerate(sizes) if context is not None and size > context]
+    if over:
+        first = rows[over[0]]
+        place = [len(response) for response in first["response_ids"]].index(longest[over[0]])
+        raise ValueError(
+            f"prompt and longest response must have at most {context} tokens together, the model's "
+            f"context; got {len(over)} of {len(sizes)} rows of {what} with more, first "
+            f"{sizes[over[0]]} at row {first['dataset_rows'][place]}. Set max_prompt_length and "
+            f"max_response_length to {context} together at most, or drop those rows."
         )
 
 

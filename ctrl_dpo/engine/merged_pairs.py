@@ -16,21 +16,23 @@ def merge_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Parameters
     ----------
     rows : sequence of dict
-        ``prompt_ids``, ``response_ids``, ``targets`` (nats), ``truncated``, ``reference_logps`` or
-        None, one number per response, and ``weight``.
+        ``prompt_ids``, ``response_ids``, ``targets`` (nats), ``order``, ``truncated``,
+        ``dataset_rows``, ``reference_logps`` or None, one number per response, and ``weight``.
 
     Returns
     -------
     list of dict
         One row per prompt, in the order of its first pair. A prompt with one pair is left as it
         was; others have ``members``: per pair the places of its responses among ``response_ids``,
-        in which no text occurs twice. ``targets`` are those of the members in order, ``weight``
-        those of the pairs, ``reference_logps`` and ``truncated`` those of ``response_ids``.
+        in which no text occurs twice. ``targets`` and ``order`` are those of the members one after
+        the other, ``weight`` those of the pairs, ``reference_logps``, ``truncated`` and
+        ``dataset_rows`` those of ``response_ids``.
 
     Examples
     --------
-    >>> pair = {"prompt_ids": [1], "targets": [1.0, 0.0], "reference_logps": None}
-    >>> pair |= {"truncated": [False, False], "weight": 1.0}
+    >>> pair = {"prompt_ids": [1], "targets": [1.0, 0.0], "order": [1, 0]}
+    >>> pair |= {"truncated": [False, False], "weight": 1.0, "reference_logps": None}
+    >>> pair |= {"dataset_rows": [0, 0]}
     >>> rows = [pair | {"response_ids": r} for r in ([[5], [6]], [[5], [7]], [[7], [6]])]
     >>> (row,) = merge_pairs(rows)
     >>> row["response_ids"], row["members"]
@@ -52,8 +54,10 @@ def merge_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "response_ids": [],
                 "members": [],
                 "targets": [],
+                "order": [],
                 "weight": [],
                 "truncated": [],
+                "dataset_rows": [],
                 "reference_logps": None if known is None else [],
             }
             places[key] = {}
@@ -64,10 +68,12 @@ def merge_pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if place == len(group["response_ids"]):
                 group["response_ids"].append(response)
                 group["truncated"].append(row["truncated"][slot])
+                group["dataset_rows"].append(row["dataset_rows"][slot])
                 if known is not None:
                     group["reference_logps"].append(known[slot])
             members.append(place)
         group["members"].append(members)
         group["targets"] += row["targets"]
+        group["order"] += row["order"]
         group["weight"].append(row["weight"])
     return list(merged.values())

@@ -19,6 +19,7 @@ SPEED = "tokens_per_second"
 def batch_metrics(
     logratios: Tensor,
     targets: Tensor,
+    order: Tensor,
     mask: Tensor,
     logps: Tensor,
     beta: float,
@@ -28,10 +29,14 @@ def batch_metrics(
 
     Parameters
     ----------
-    logratios, targets, logps : (n_groups, k) Tensor
-        Log-ratios d, their targets and the policy's log-probabilities, nats.
+    logratios, targets : (n_groups, k) Tensor
+        Log-ratios d and their targets, nats.
+    order : (n_groups, k) Tensor
+        Rewards of the responses or their ranks; targets may tie responses of unequal rewards.
     mask : (n_groups, k) bool Tensor
         True where a group has a response.
+    logps : (n_groups, k) Tensor
+        The policy's log-probabilities, nats.
     beta : float
         Strength of the KL penalty, for the implicit rewards.
     procedure : Procedure, optional
@@ -44,9 +49,10 @@ def batch_metrics(
 
     Notes
     -----
-    ``chosen`` is the response of a group with the highest target, ``rejected`` the lowest; groups
-    of one response have no margin and do not count there. The following hold where the responses
-    of a group are draws of the reference policy, not a choice among them such as best and worst.
+    ``chosen`` is the response of a group with the highest reward, ``rejected`` the lowest, each the
+    mean of those that tie; groups of one response, or of equal rewards only, have no margin and do
+    not count there. The following hold where the responses of a group are draws of the reference
+    policy, not a choice among them such as best and worst.
 
     * ``kl/self_normalised``: importance weights w = exp(d), normalised within each group, in nats
       and at most log k: :math:`\sum w d / \sum w - \log \frac1k \sum w`.
@@ -54,19 +60,23 @@ def batch_metrics(
     * ``fit/r2``: share of the targets' variance within groups that the log-ratios explain.
     * ``win_rate/predicted``: see :func:`predicted_win_rate`.
     """
-    best = targets.masked_fill(~mask, float("-inf")).argmax(1, keepdim=True)
-    worst = targets.masked_fill(~mask, float("inf")).argmin(1, keepdim=True)
+    highest = order.masked_fill(~mask, float("-inf")).amax(1, keepdim=True)
+    lowest = order.masked_fill(~mask, float("inf")).amin(1, keepdim=True)
+    best, worst = mask & (order == highest), mask & (order == lowest)
     sizes = mask.sum(1, keepdim=True)
-    is_pair = (sizes > 1).to(logratios.dtype)
+    is_pair = (highest > lowest).to(logratios.dtype)
     groups, pairs = torch.ones_like(is_pair).sum(), is_pair.sum()
-    chosen, rejected = logratios.gather(1, best), logratios.gather(1, worst)
+
+    def mean(values: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, values, 0.0).sum(1, keepdim=True) / where.sum(1, keepdim=True)
+
+    chosen, rejected = mean(logratios, best), mean(logratios, worst)
     masked = logratios.masked_fill(~mask, float("-inf"))
     log_mean = torch.logsumexp(masked, 1, keepdim=True) - sizes.log()
     kl = (torch.softmax(masked, 1) * torch.where(mask, logratios, 0.0)).sum(1) - log_mean[:, 0]
 
     def centred(values: Tensor) -> Tensor:
-        clean = torch.where(mask, values, 0.0)
-        return torch.where(mask, clean - clean.sum(1, keepdim=True) / sizes, 0.0)
+        return torch.where(mask, values - mean(values, mask), 0.0)
 
     spread = centred(targets).square().sum()
     residual = (centred(logratios) - centred(targets)).square().sum()
@@ -76,8 +86,8 @@ def batch_metrics(
         "rewards/rejected": (beta * rejected.sum(), groups),
         "rewards/margins": (beta * margins.sum(), pairs),
         "rewards/accuracies": ((margins > 0).to(groups.dtype).sum(), pairs),
-        "logps/chosen": (logps.gather(1, best).sum(), groups),
-        "logps/rejected": (logps.gather(1, worst).sum(), groups),
+        "logps/chosen": (mean(logps, best).sum(), groups),
+        "logps/rejected": (mean(logps, worst).sum(), groups),
         "logratios/margins": (margins.sum(), pairs),
         "logratios/chosen_below_0": ((chosen < 0).to(groups.dtype).sum(), groups),
         "kl/self_normalised": (kl.sum(), groups),
@@ -85,25 +95,27 @@ def batch_metrics(
         "fit/r2": (spread - residual, spread),
     }
     if procedure is not None:
-        wins = predicted_win_rate(logratios, targets, mask, procedure)
+        wins = predicted_win_rate(logratios, order, mask, procedure)
         made["win_rate/predicted"] = (wins.sum(), groups)
     return made
 
 
 def predicted_win_rate(
-    logratios: Tensor, targets: Tensor, mask: Tensor, procedure: Procedure
+    logratios: Tensor, order: Tensor, mask: Tensor, procedure: Procedure
 ) -> Tensor:
     r"""Predict each group's inference-time win rate against the reference policy.
 
     .. math:: \sum_l [h(P_l) - h(P_{l-1})] \, \tfrac12 [h(Q_l) + h(Q_{l-1})]
 
-    over the levels of the targets, with P the cumulative sum of softmax(d) and Q of 1/k: the exact
+    over the levels of the rewards, with P the cumulative sum of softmax(d) and Q of 1/k: the exact
     win rate of a policy that weighs the group's responses by exp(d), ties one half.
 
     Parameters
     ----------
-    logratios, targets : (n_groups, k) Tensor
-        Log-ratios and their targets, which order the responses, nats.
+    logratios : (n_groups, k) Tensor
+        Log-ratios, nats.
+    order : (n_groups, k) Tensor
+        Rewards of the responses or their ranks; only equal ones tie.
     mask : (n_groups, k) bool Tensor
         True where a group has a response.
     procedure : Procedure
@@ -116,7 +128,7 @@ def predicted_win_rate(
     """
     policy = torch.softmax(logratios.masked_fill(~mask, float("-inf")), 1)
     reference = mask.to(policy.dtype) / mask.sum(1, keepdim=True)
-    values = torch.where(mask, targets, 0.0)
+    values = torch.where(mask, order, 0.0)
     below = (values.unsqueeze(1) < values.unsqueeze(2)).to(policy.dtype)
     tied = ((values.unsqueeze(1) == values.unsqueeze(2)) & mask.unsqueeze(1)).to(policy.dtype)
     # each response stands for its level, at an equal share among the level's responses

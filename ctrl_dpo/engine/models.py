@@ -130,6 +130,23 @@ def load_model(
     return model.eval()
 
 
+def context_length(config: Any) -> int | None:
+    """Return the number of positions a model is made for, None where its configuration has none.
+
+    Parameters
+    ----------
+    config : transformers.PretrainedConfig
+        The model's configuration.
+
+    Returns
+    -------
+    int or None
+        Tokens of prompt and response together.
+    """
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions
+
+
 def switch_dropout_off(model: Any) -> None:
     """Set the base model's dropout to 0; an adapter's own is left.
 

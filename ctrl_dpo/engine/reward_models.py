@@ -12,7 +12,7 @@ import torch
 from ctrl_dpo._validation import check_choice
 from ctrl_dpo.data.folders import folder_hash
 from ctrl_dpo.data.hashes import known_file_hash
-from ctrl_dpo.engine.models import DTYPES, default_device, load_tokenizer
+from ctrl_dpo.engine.models import DTYPES, context_length, default_device, load_tokenizer
 from ctrl_dpo.engine.reward_functions import Candidate
 
 
@@ -64,8 +64,8 @@ class SequenceRewardModel:
             )
         self.pad_token_id: int = text_config.pad_token_id
         self.tokenizer = load_tokenizer(self.name)
-        positions = getattr(text_config, "max_position_embeddings", None)
-        self.max_length: int = min(positions or sys.maxsize, self.tokenizer.model_max_length)
+        context = context_length(config) or sys.maxsize
+        self.max_length: int = min(context, self.tokenizer.model_max_length)
         # segments reach the model where its tokenizer makes them, as they did in its training
         self._inputs = {"input_ids", "token_type_ids"} & {*self.tokenizer.model_input_names}
         self._model: Any = None

@@ -346,6 +346,19 @@ def test_metrics_of_a_step(tmp_path):
     assert row["logps/chosen"] == pytest.approx(np.mean(chosen), rel=1e-5)
 
 
+def test_metrics_rank_by_the_rewards_where_targets_tie(tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "ctrl_dpo.train.batch_metrics",
+        lambda *tensors: found.append([x.tolist() for x in tensors[1:3]]) or {},
+    )
+    data = labels(procedure="best_of_4", transformation="optimal").select([0])
+    trainer(tmp_path, data, max_steps=1, per_device_train_batch_size=1).train()
+    (((targets,), (order,)),) = found
+    assert targets[0] == targets[1] < targets[2]
+    assert order == [0.0, 1.0, 2.0]
+
+
 def test_bytes_and_bits_are_logged(tmp_path, tiny_model_folder, caplog):
     settings = {"load_in_8bit": True, "model_dtype": "bfloat16", "max_steps": 1}
     with caplog.at_level(logging.INFO, "ctrl_dpo"):

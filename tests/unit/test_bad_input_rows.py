@@ -248,6 +248,38 @@ def test_25_a_prompt_without_room_is_named_by_row():
         sample(data, model, Sampler(2, max_new_tokens=4), tokenizer=tokenizer)
 
 
+def test_25_a_row_longer_than_the_context_is_named_before_the_reference_pass(tmp_path, monkeypatch):
+    """Context 512: prompts of 1 and 2 tokens, with responses of 512 and 513, the end included."""
+    monkeypatch.setattr("ctrl_dpo.train.add_reference_logps", None)
+    groups = {
+        "prompt": ["z", "x", "x", "xy"],
+        "responses": [["a"], ["a", "b"], ["c", "d" * 511], ["e" * 512, "f"]],
+        "rewards": [[1.0], [1.0, 2.0], [1.0, 2.0], [1.0, 2.0]],
+    }
+    data = relabel(Dataset.from_dict(groups), **LABELS)
+    message = (
+        "at most 512 tokens together, the model's context; got {} rows of {} with more, first {} "
+        "at row {}. Set max_prompt_length and max_response_length to 512 together at most, or drop"
+    )
+    with pytest.raises(ValueError, match=message.format("2 of 3", "train_dataset", 513, 2)):
+        trainer(tmp_path, data)
+    # of pairs that share their prompt, the one with the long response
+    texts = {"chosen": ["a", "b" * 520], "rejected": ["c", "c"]}
+    both = Dataset.from_dict(
+        {"prompt": ["x", "x"], **texts, "margin": [1.0, 1.0], "beta": [0.1] * 2}
+    )
+    with pytest.raises(ValueError, match=message.format("1 of 1", "train_dataset", 522, 1)):
+        trainer(tmp_path, both)
+    monkeypatch.undo()
+    made = trainer(tmp_path, data, args={"max_prompt_length": 1, "max_response_length": 511})
+    assert made.data_counts["responses_truncated"] == 2
+    short = data.select([1])
+    with pytest.raises(ValueError, match=message.format("1 of 1", "eval_dataset", 515, 0)):
+        trainer(tmp_path, short, eval_dataset=data.select([3]))
+    with pytest.raises(ValueError, match=message.format("2 of 3", "eval_dataset", 513, 2)):
+        trainer(tmp_path, short).evaluate(data)
+
+
 def test_26_a_response_cut_to_nothing():
     with pytest.raises(ValueError, match="max_response_length must be an integer >= 1; got 0"):
         tokenize_group(tiny_tokenizer(), "x", ["a"], max_response_length=0)

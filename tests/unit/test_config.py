@@ -43,11 +43,27 @@ def test_defaults(tmp_path):
         ),
         ({"accept_other_labels": True}, "beta must be given with accept_other_labels; got None"),
         ({"calibration": "none"}, "calibration must be one of .*; got 'none'"),
+        ({"transformation": "optmal"}, "transformation must be identity, .*; got 'optmal'"),
+        ({"transformation": "exponential:0"}, "rate must be a number other than 0 .*; got 0.0"),
         ({"beta": 1.0, "target_kl": 1.0}, "beta and target_kl exclude each other; got 1.0 and 1.0"),
         ({"loss": "dpo"}, "beta must be given for loss='dpo'; got None"),
+        (
+            {"loss": "dpo", "beta": 1.0, "transformation": "identity"},
+            "transformation must be left out for loss='dpo', .* order of the rewards; got 'ident",
+        ),
+        (
+            {"loss": "ipo", "beta": 1.0, "calibration": "pooled"},
+            "calibration must be left out for loss='ipo', .*; got 'pooled'",
+        ),
         ({"procedure": "best_of_none"}, "got 'best_of_none'"),
     ],
 )
 def test_conflicts_are_named(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         CTRLDPOConfig(str(tmp_path), **settings)
+
+
+def test_transformations_are_named_as_datasets_name_them(tmp_path):
+    texts = {None: None, "raw": "raw", " optimal": "optimal", "exponential:5": "exponential:5.0"}
+    for text, wanted in texts.items():
+        assert CTRLDPOConfig(str(tmp_path), transformation=text).transformation == wanted

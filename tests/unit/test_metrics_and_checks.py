@@ -35,7 +35,7 @@ def test_metrics_by_numpy(rng):
     sizes, beta = [4, 2, 1], 0.3
     mask = np.arange(4) < np.array(sizes)[:, None]
     tensors = [torch.tensor(np.where(mask, x, 99.0)) for x in (d, t)]
-    found = batch_metrics(*tensors, torch.tensor(mask), torch.tensor(logps), beta)
+    found = batch_metrics(*tensors, tensors[1], torch.tensor(mask), torch.tensor(logps), beta)
     means = {name: float(a / b) for name, (a, b) in found.items()}
     rows = [(d[i, :n], t[i, :n], logps[i, :n]) for i, n in enumerate(sizes)]
     best, worst = [int(np.argmax(r[1])) for r in rows], [int(np.argmin(r[1])) for r in rows]
@@ -60,6 +60,29 @@ def test_metrics_by_numpy(rng):
         "fit/r2": 1 - rest / spread,
     }
     assert means == pytest.approx(wanted)
+
+
+def test_ties_have_no_arbitrary_best_or_worst():
+    """Three groups: a tie at the bottom, two rewards that the targets tie, a tie of all."""
+    d = torch.tensor([[2.0, 1.0, -5.0], [3.0, 1.0, 0.0], [0.5, -0.5, 4.0]])
+    order = torch.tensor([[1.0, 0.0, 0.0], [2.0, 1.0, 0.0], [7.0, 7.0, 7.0]])
+    targets = torch.tensor([[4.0, 0.0, 0.0], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    logps, mask = 10 * d, torch.ones(3, 3) > 0
+    procedure = parse_procedure("single_draw")
+    found = batch_metrics(d, targets, order, mask, logps, 1.0, procedure)
+    means = {name: float(a / b) for name, (a, b) in found.items()}
+    assert means["rewards/chosen"] == pytest.approx((2 + 3 + 4 / 3) / 3)
+    assert means["rewards/rejected"] == pytest.approx((-2 + 0 + 4 / 3) / 3)
+    assert means["logps/rejected"] == pytest.approx(10 * (-2 + 0 + 4 / 3) / 3)
+    # the third group has no margin, and is neither right nor wrong
+    assert means["rewards/margins"] == pytest.approx((4 + 3) / 2)
+    assert means["rewards/accuracies"] == 1.0
+    # one draw against one: the chance to be above, ties one half
+    win = 0.0
+    for row, rewards in zip(d.tolist(), order.tolist(), strict=True):
+        for p, mine in zip(special.softmax(row), rewards, strict=True):
+            win += p * np.mean([(mine > other) + 0.5 * (mine == other) for other in rewards]) / 3
+    assert means["win_rate/predicted"] == pytest.approx(win)
 
 
 def test_running_means_add_batches_by_their_weights():

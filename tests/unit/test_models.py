@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
+from transformers import BloomConfig, GPT2Config
 
 from ctrl_dpo import CTRLDPOConfig
 from ctrl_dpo.engine.demo_model import find_demo_gguf, write_demo_model
@@ -14,6 +15,7 @@ from ctrl_dpo.engine.identity import model_identity, tensors_hash
 from ctrl_dpo.engine.int8 import linear_8bit_modules
 from ctrl_dpo.engine.models import (
     adapter_off,
+    context_length,
     fast_dtype,
     is_adapter,
     load_model,
@@ -189,3 +191,9 @@ def test_a_missing_or_foreign_demo_package_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"must have sha256 b179.* got "):
         find_demo_gguf()
+
+
+def test_the_context_is_the_number_of_positions():
+    assert context_length(tiny_llama().config) == 512
+    assert context_length(GPT2Config(n_positions=64)) == 64
+    assert context_length(BloomConfig()) is None  # attention by distance has no end

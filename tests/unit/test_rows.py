@@ -8,7 +8,9 @@ from datasets import Dataset
 from tiny import tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, match_kl, pairs, relabel
-from ctrl_dpo.engine.rows import labelled, resolve_beta, training_rows
+from ctrl_dpo.engine.batches import collate
+from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
+from ctrl_dpo.engine.rows import training_rows
 
 GROUPS = {
     "prompt": ["one", "two"],
@@ -76,6 +78,39 @@ def test_plain_pairs_serve_the_hard_label_losses(tmp_path):
         rows_of(plain, config(tmp_path, beta=0.1))
 
 
+@pytest.mark.parametrize("loss", ["dpo", "ipo"])
+def test_hard_label_losses_order_by_the_rewards(loss, tmp_path):
+    """Rank-optimal targets of best-of-4 tie all but the best; no pair is lost to that."""
+    made = relabel(scored(), procedure="best_of_4", beta=0.5)
+    assert [len(set(values)) for values in made["transformed_rewards"]] == [2, 2]
+    args = config(tmp_path, loss=loss, beta=0.1, procedure="best_of_4")
+    for data in (scored(), made):
+        rows, _ = rows_of(data, args)
+        assert [row["targets"] for row in rows] == [[0, 1, 2], [2, 0, 1]]
+        assert str(resolve_procedure(labelled(data, args), args)) == "best_of_4"
+    # the dataset's procedure, where the configuration names none
+    args = config(tmp_path, loss=loss, beta=0.1)
+    assert str(resolve_procedure(labelled(made, args), args)) == "best_of_4"
+    assert rows_of(made, args)[0][0]["targets"] == [0, 1, 2]
+    # without rewards, the order of the labels is what there is
+    assert rows_of(made.remove_columns("rewards"), args)[0][1]["targets"] == [1, 0, 0]
+
+
+def test_rows_keep_the_order_that_targets_tie(tmp_path):
+    made = relabel(
+        scored(rewards=[[0.0, 1.0, 2.0], [1e-320, 0.0, 0.0]]), procedure="best_of_4", beta=1
+    )
+    rows, _ = rows_of(made, config(tmp_path))
+    assert [row["order"] for row in rows] == [[0, 1, 2], [1, 0, 0]]
+    assert rows[0]["targets"][0] == rows[0]["targets"][1]
+    assert collate(rows)["order"].tolist() == [0, 1, 2, 1, 0, 0]
+    (pair, _), _ = rows_of(pairs(made), config(tmp_path))
+    assert pair["order"] == [1, 0]
+    spoilt = made.remove_columns("rewards").add_column("rewards", [[0.0, 1.0, None]] * 2)
+    with pytest.raises(ValueError, match="rewards of train_dataset's row 0 must be finite; got 1 "):
+        rows_of(spoilt, config(tmp_path))
+
+
 def test_conversational_pairs(tmp_path):
     answer = [{"role": "assistant", "content": "a"}]
     two = [*answer, *answer]
@@ -140,6 +175,57 @@ def test_one_beta_and_one_procedure(tmp_path):
         resolve_beta(mixed, config(tmp_path))
     with pytest.raises(ValueError, match="beta must be given, since the dataset has no column"):
         resolve_beta(made.remove_columns("beta"), config(tmp_path))
+
+
+def test_labels_by_rank_are_for_the_anchor_that_trains(tmp_path):
+    """Of two draws the contrastive fit is twice its targets, so they are half as far apart."""
+    apart = {}
+    for anchor in (0.0, 1.0):
+        settings = config(tmp_path, anchor=anchor, procedure="best_of_4", target_kl=0.5)
+        data = labelled(scored(), settings)
+        resolve_beta(data, settings)
+        apart[anchor] = [max(row) - min(row) for row in data["transformed_rewards"]]
+        with pytest.raises(ValueError, match=f"anchor must be that of .*, {anchor}; got 0.5"):
+            resolve_beta(data, config(tmp_path, anchor=0.5))
+    for row, draws in enumerate(map(len, scored()["responses"])):
+        expected = apart[1.0][row] * (draws - 1) / draws
+        assert apart[0.0][row] == pytest.approx(expected, abs=1e-8)
+    assert max(apart[0.0]) > 0
+
+
+def test_the_transformation_of_the_dataset_is_the_one_configured(tmp_path):
+    made = relabel(scored(), procedure="best_of_4", transformation="exponential:5", beta=0.5)
+    for data in (made, pairs(made)):
+        assert resolve_beta(data, config(tmp_path, transformation="exponential:5")) == 0.5
+        other = config(tmp_path, transformation="identity")
+        message = "transformation must be that of .*, 'exponential:5.0'; got 'identity'. Relabel"
+        with pytest.raises(ValueError, match=message):
+            resolve_beta(labelled(data, other), other)
+    accepted = {"transformation": "identity", "accept_other_labels": True, "beta": 0.7}
+    assert resolve_beta(made, config(tmp_path, **accepted)) == 0.7
+    named = made.remove_columns("transformation").add_column("transformation", ["log", "raw"])
+    with pytest.raises(ValueError, match="transformation must be one .*; got .'log', 'raw'."):
+        resolve_beta(named, config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("setting", "lacks"),
+    [
+        ({"target_kl": 3.0}, []),
+        ({"calibration": "empirical"}, []),
+        ({"transformation": "identity"}, ["transformation"]),
+    ],
+)
+def test_a_setting_that_would_label_a_labelled_dataset_is_refused(setting, lacks, tmp_path):
+    ((name, value),) = setting.items()
+    made = relabel(scored(), procedure="best_of_4", transformation="identity", beta=0.5)
+    for data in (made, pairs(made)):
+        message = f"{name} must be left out for a dataset that has its labels; got {value!r} with"
+        with pytest.raises(ValueError, match=message):
+            labelled(data.remove_columns(lacks), config(tmp_path, **setting))
+    args = config(tmp_path, procedure="best_of_4", **{"target_kl": 3.0} | setting)
+    wanted = args.transformation or "optimal"
+    assert labelled(scored(), args)["transformation"][:] == [wanted] * 2
 
 
 @pytest.mark.parametrize(
@@ -234,6 +320,28 @@ def test_pairs_need_their_prompt_and_no_anchor(tmp_path):
         rows_of(made, config(tmp_path, anchor=1.0))
     with pytest.raises(ValueError, match="column 'prompt' is missing .* implicit prompt"):
         rows_of(made.remove_columns("prompt"), config(tmp_path))
+
+
+@pytest.mark.parametrize("loss", [{}, {"loss": "dpo"}])
+@pytest.mark.parametrize(
+    ("margins", "message"),
+    [
+        ([1.0, None, -2.0], "got None at row 1, the first of 2 of 3"),
+        ([1, None, 2], "got None at row 1, the first of 1 of 3"),
+        ([0.5, 0.0, -2.0], "got -2.0 at row 2, the first of 1 of 3. Drop those rows, swap"),
+        ([0, 3, -1], "got -1 at row 2, the first of 1 of 3"),
+        ([float("inf"), 1.0, float("nan")], "got inf at row 0, the first of 2 of 3"),
+        ([None, None, None], "got None at row 0, the first of 3 of 3"),
+        (["0.5", "1", "2"], "got '0.5' at row 0, the first of 3 of 3"),
+    ],
+)
+def test_margins_that_are_none_are_refused_by_row(margins, message, loss, tmp_path):
+    data = Dataset.from_dict({"prompt": ["q"] * 3, "chosen": ["a"] * 3, "rejected": ["b"] * 3})
+    data = data.add_column("margin", margins)
+    with pytest.raises(ValueError, match=f"margin must be a finite number >= 0; {message}"):
+        labelled(data, config(tmp_path, beta=0.1, **loss))
+    good = data.remove_columns("margin").add_column("margin", [0.0, 0.5, 2.0])
+    assert labelled(good, config(tmp_path, beta=0.1, **loss))["margin"][:] == [0.0, 0.5, 2.0]
 
 
 def test_reference_values_of_other_tokens_are_refused(tmp_path):
