@@ -117,11 +117,13 @@ def sample(
         settings=settings | {"dtype": str(loaded.dtype).removeprefix("torch.")},
         inputs={"model": identity, "prompts": _prompts_hash(ids)},
         n_shards=len(shards),
-    ).open()
-    for index, part in drawing.run(prompts, ids, {i: shards[i] for i in folder.missing_shards()}):
-        folder.write_shard(index, part)
-    if not folder.is_complete:
-        folder.finish(_summary(read_shards(folder.path)))
+    )
+    with folder.held():
+        missing = {i: shards[i] for i in folder.missing_shards()}
+        for index, part in drawing.run(prompts, ids, missing):
+            folder.write_shard(index, part)
+        if not folder.is_complete:
+            folder.finish(_summary(read_shards(folder.path)))
     return read_rows(folder.path)
 
 

@@ -117,6 +117,26 @@ def test_another_model_is_refused(tmp_path):
         )
 
 
+def test_a_folder_that_another_call_draws_into_is_refused(tmp_path, monkeypatch, held_by_another):
+    drawn: list[int] = []
+    original = sample_module.draw_responses
+
+    def counted(model, ids, *rest):
+        drawn.append(len(ids))
+        return original(model, ids, *rest)
+
+    monkeypatch.setattr(sample_module, "draw_responses", counted)
+    message = r"output folder must not be in use; got .*out.*another process"
+    with held_by_another(tmp_path / "out"), pytest.raises(ValueError, match=message):
+        run(tmp_path / "out")
+    assert drawn == []
+    rows = run(tmp_path / "out")
+    assert drawn == [2, 2, 2]
+    with held_by_another(tmp_path / "out"):
+        assert run(tmp_path / "out").to_list() == rows.to_list()  # finished: only read
+    assert drawn == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
