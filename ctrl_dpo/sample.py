@@ -68,7 +68,8 @@ def sample(
         Prompts per shard: what an interruption can lose.
     log_ratios : bool
         For a policy with an adapter: add the log-probability of each draw under the policy and
-        under its reference policy (adapter off), from one forward path, for the KL.
+        under its reference policy (adapter off), from one forward path, for the KL. The sampler
+        must then leave the policy as it is: temperature 1, no ``top_k``, no ``top_p``.
 
     Returns
     -------
@@ -83,9 +84,11 @@ def sample(
     ------
     ValueError
         If there are no prompts, one is malformed or too long for the model, or ``log_ratios`` is
-        asked of a model without an adapter.
+        asked of a model without an adapter or of a sampler that changes the policy.
     """
     chosen = sampler or Sampler()
+    if log_ratios:
+        _check_unchanged(chosen)
     check_integer("batch_rows", batch_rows, 1)
     check_integer("shard_prompts", shard_prompts, 1)
     check_columns(prompts.column_names, [columns.PROMPT], "Rename the column with the prompts.")
@@ -207,6 +210,17 @@ class _Drawing:
             made[columns.REFERENCE_LOGPS].append(reference_logps(self.model, batch).tolist())
         use_decode_attention(self.model)
         return made
+
+
+def _check_unchanged(sampler: Sampler) -> None:
+    """Raise where draws are not those of the policy itself."""
+    for name, value in columns.UNCHANGED_SAMPLER.items():
+        if sampler.settings[name] != value:
+            raise ValueError(
+                f"{name} must be {value:g} with log_ratios; got {sampler.settings[name]!r}: over "
+                "such draws the mean log-ratio is not the KL. Draw without log_ratios for win "
+                f"rates at that {name}, and a second time with {name} {value:g} for the KL."
+            )
 
 
 def _prompts_hash(ids: Sequence[Sequence[int]]) -> str:

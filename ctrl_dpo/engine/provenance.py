@@ -12,8 +12,6 @@ from ctrl_dpo.engine.numerics import numerics
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_KEPT = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-
 
 def provenance(identity: str, tokenizer: Any, settings: dict[str, Any]) -> str:
     """Describe the distribution that responses were drawn from.
@@ -32,7 +30,7 @@ def provenance(identity: str, tokenizer: Any, settings: dict[str, Any]) -> str:
     str
         JSON with ``model``, ``template`` and the settings.
     """
-    kept = {name: settings[name] for name in _KEPT}
+    kept = {name: settings[name] for name in columns.UNCHANGED_SAMPLER}
     return json.dumps({"model": identity, "template": _template(tokenizer), **kept}, sort_keys=True)
 
 
@@ -55,7 +53,8 @@ def check_provenance(dataset: Dataset, identity: str, tokenizer: Any) -> None:
     """
     if columns.SAMPLED_FROM not in dataset.column_names:
         return
-    expected: dict[str, Any] = {"model": identity, "template": _template(tokenizer), **_KEPT}
+    expected: dict[str, Any] = {"model": identity, "template": _template(tokenizer)}
+    expected |= columns.UNCHANGED_SAMPLER
     for text in dataset.unique(columns.SAMPLED_FROM):
         found = json.loads(text)
         for name, value in expected.items():

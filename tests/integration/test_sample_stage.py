@@ -168,11 +168,22 @@ def plain(model, row) -> list[float]:
     return plain_logps(model, [group]).tolist()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_ratios_are_of_policy_and_reference_not_of_the_sampler(temperature):
-    sampler = Sampler(draws=3, max_new_tokens=6, temperature=temperature, seed=4)
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}])
+def test_log_ratios_of_a_changed_sampler_are_refused(change, tmp_path):
+    """Their mean over such draws is not the KL."""
+    ((name, value),) = change.items()
+    whole = {"temperature": "1", "top_k": "0", "top_p": "1"}[name]
+    message = rf"^{name} must be {whole} with log_ratios; got {value}: .* for win rates at that"
+    sampler = Sampler(draws=3, max_new_tokens=6, **change)
+    with pytest.raises(ValueError, match=message):
+        # before the model is looked at
+        sample(prompts(), "a/model", sampler, output=tmp_path / "out", log_ratios=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_log_ratios_are_of_policy_and_reference():
     model, tokenizer = adapted(init_lora_weights=False), tiny_tokenizer()
-    rows = sample(prompts(), model, sampler, tokenizer=tokenizer, log_ratios=True)
+    rows = sample(prompts(), model, SAMPLER, tokenizer=tokenizer, log_ratios=True)
     again = adapted(init_lora_weights=False)
     for row in rows:
         assert row["policy_logps"] == pytest.approx(plain(again, row), abs=1e-4)
