@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ctrl_dpo.data import columns
+from ctrl_dpo.engine.identity import identity_kind
 from ctrl_dpo.engine.numerics import numerics
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def check_provenance(dataset: Dataset, identity: str, tokenizer: Any) -> None:
     for text in dataset.unique(columns.SAMPLED_FROM):
         found = json.loads(text)
         for name, value in expected.items():
-            if name == "model" and _kind(found[name]) != _kind(value):
+            if name == "model" and identity_kind(found[name]) != identity_kind(value):
                 continue  # one was hashed as files, the other as tensors: not comparable
             if found[name] != value:
                 raise ValueError(
@@ -130,7 +131,3 @@ def check_computation(dataset: Dataset, expected: str) -> None:
 
 def _template(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
-
-
-def _kind(identity: str) -> str:
-    return identity.partition(":")[0]
