@@ -44,6 +44,10 @@ def sample(
     log_ratios: Annotated[
         bool, typer.Option(help="Add log-probabilities under policy and reference, for the KL.")
     ] = False,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Reference policy of --log-ratios; default: MODEL, its adapter off."),
+    ] = None,
 ) -> None:
     """Draw responses to every prompt, once."""
     from ctrl_dpo.data.folders import read_rows
@@ -60,6 +64,7 @@ def sample(
         batch_rows=batch_rows,
         shard_prompts=shard_prompts,
         log_ratios=log_ratios,
+        reference=reference,
     )
     finished(output)
 

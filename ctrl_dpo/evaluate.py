@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
-from ctrl_dpo.measures.draws import LENGTH, gather_draws
+from ctrl_dpo.measures.draws import LENGTH, check_origins, gather_draws, noting_origins
 from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
 from ctrl_dpo.measures.uniformity import CalibrationError, calibration_error
 from ctrl_dpo.measures.win_rates import (
@@ -110,6 +110,7 @@ def evaluate(
         Rows with ``prompt`` and ``rewards`` of fresh draws, a list or one number.
         ``response_ids`` or ``length`` of either give the lengths; ``policy_logps`` and
         ``reference_logps`` of the policy's rows give the KL. Rows of one prompt are taken together.
+        Where rows say how they were drawn (``sampled_from``), both must be drawn alike.
     name : str
         What tables and figures call the policy.
     procedures : sequence of str or Procedure
@@ -134,7 +135,8 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the two do not hold the same prompts, or a mapped column is not there.
+        If the two do not hold the same prompts, or a mapped column is not there; if sampler or
+        template differ, or log-probabilities are of draws that a changed sampler made.
 
     Examples
     --------
@@ -229,7 +231,9 @@ def _match_prompts(
     columns: Mapping[str, str],
 ) -> tuple[list[str], list[Draws], list[Draws]]:
     """Return the prompts, and for each the draws of the policy and of the reference policy."""
-    mine, theirs = gather_draws(policy, columns), gather_draws(reference, columns)
+    origins: tuple[set[str], set[str]] = set(), set()
+    mine = gather_draws(noting_origins(policy, origins[0]), columns)
+    theirs = gather_draws(noting_origins(reference, origins[1]), columns)
     if mine.keys() != theirs.keys():
         raise ValueError(
             "policy and reference must hold the same prompts; got "
@@ -243,12 +247,18 @@ def _match_prompts(
             f"columns must map to columns of the policy's rows; got {dict(columns)!r}, and "
             f"no {absent[0]!r} there. Correct the name."
         )
+    check_origins(*origins, has_kl=_has_kl(mine[prompts[0]]))
     return prompts, [mine[prompt] for prompt in prompts], [theirs[prompt] for prompt in prompts]
+
+
+def _has_kl(draws: Draws) -> bool:
+    """Tell whether the columns that give the KL are there."""
+    return draws.keys() >= {POLICY_LOGPS, REFERENCE_LOGPS}
 
 
 def _kl_of_draws(draws: list[Draws], options: Mapping[str, Any]) -> Estimate | None:
     """Estimate the KL from draws of the policy; None without their log-probabilities."""
-    if not draws[0].keys() >= {POLICY_LOGPS, REFERENCE_LOGPS}:
+    if not _has_kl(draws[0]):
         return None
     policy = [row[POLICY_LOGPS] for row in draws]
     return kl_divergence(policy, [row[REFERENCE_LOGPS] for row in draws], **options)

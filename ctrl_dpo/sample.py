@@ -33,13 +33,13 @@ from ctrl_dpo.engine.models import (
     prepare_for_generation,
 )
 from ctrl_dpo.engine.provenance import provenance
-from ctrl_dpo.engine.reference import reference_logps
+from ctrl_dpo.engine.reference import load_reference, reference_logps
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 
-def sample(
+def sample(  # noqa: PLR0913 (each is a decision of the user's)
     prompts: Dataset,
     model: Any,
     sampler: Sampler | None = None,
@@ -49,6 +49,7 @@ def sample(
     batch_rows: int = 256,
     shard_prompts: int = 64,
     log_ratios: bool = False,
+    reference: Any = None,
 ) -> Dataset:
     """Draw responses to every prompt, each prompt computed once for all its draws.
 
@@ -72,8 +73,13 @@ def sample(
     shard_prompts : int
         Prompts per shard: what an interruption can lose.
     log_ratios : bool
-        For a policy with an adapter: add the log-probability of each draw under the policy and
-        under its reference policy (adapter off), from one forward path, for the KL.
+        Add the log-probability of each draw under the policy and under its reference policy, from
+        one forward path, for the KL. The sampler must then leave the policy as it is: temperature
+        1, no ``top_k``, no ``top_p``.
+    reference : str, Path, transformers.PreTrainedModel or peft.PeftModel, optional
+        Reference policy of the log-ratios, a model or an adapter; by default the model with its
+        adapter off. It must be given for a policy that was trained against another, which its
+        folder tells. A name is loaded as the policy is; a loaded model is changed as it is.
 
     Returns
     -------
@@ -88,9 +94,11 @@ def sample(
     ------
     ValueError
         If there are no prompts, one is malformed or too long for the model, or ``log_ratios`` is
-        asked of a model without an adapter.
+        asked of a sampler that changes the policy, without the reference policy, or with another.
     """
     chosen = sampler or Sampler()
+    if log_ratios:
+        _check_unchanged(chosen)
     check_integer("batch_rows", batch_rows, 1)
     check_integer("shard_prompts", shard_prompts, 1)
     check_columns(prompts.column_names, [columns.PROMPT], "Rename the column with the prompts.")
@@ -101,32 +109,31 @@ def sample(
     name = model if isinstance(model, (str, Path)) else None
     loaded = load_policy(name) if name is not None else model
     tokens = tokenizer or load_tokenizer(name or loaded.name_or_path)
-    if log_ratios and not hasattr(loaded, "disable_adapter"):
-        raise ValueError(
-            f"log_ratios must be asked of a policy with an adapter; got {type(loaded).__name__}. "
-            "Its reference policy is the model with the adapter off."
-        )
+    base, base_identity = load_reference(loaded, reference, tokens) if log_ratios else (None, None)
     ids = [prompt_tokens(tokens, prompt) for prompt in prompts[columns.PROMPT]]
     _check_lengths(ids, loaded, chosen)
     identity = model_identity(loaded, name)
     origin = provenance(identity, tokens, chosen.settings)
-    drawing = _Drawing(loaded, tokens, chosen, batch_rows, log_ratios, origin)
+    drawing = _Drawing(loaded, tokens, chosen, batch_rows, log_ratios, base, origin)
     shards = [range(i, min(i + shard_prompts, len(ids))) for i in range(0, len(ids), shard_prompts)]
     if output is None:
         made = [part for _, part in drawing.run(prompts, ids, dict(enumerate(shards)))]
         return concatenate_datasets(made)
     settings = {**chosen.settings, "batch_rows": batch_rows, "log_ratios": log_ratios}
+    inputs = {"model": identity, "prompts": _prompts_hash(ids)}
     folder = StageFolder(
         Path(output),
         "sample",
         settings=settings | {"dtype": str(loaded.dtype).removeprefix("torch.")},
-        inputs={"model": identity, "prompts": _prompts_hash(ids)},
+        inputs=inputs if base_identity is None else inputs | {"reference": base_identity},
         n_shards=len(shards),
-    ).open()
-    for index, part in drawing.run(prompts, ids, {i: shards[i] for i in folder.missing_shards()}):
-        folder.write_shard(index, part)
-    if not folder.is_complete:
-        folder.finish(_summary(read_shards(folder.path)))
+    )
+    with folder.held():
+        missing = {i: shards[i] for i in folder.missing_shards()}
+        for index, part in drawing.run(prompts, ids, missing):
+            folder.write_shard(index, part)
+        if not folder.is_complete:
+            folder.finish(_summary(read_shards(folder.path)))
     return read_rows(folder.path)
 
 
@@ -139,6 +146,7 @@ class _Drawing:
     sampler: Sampler
     batch_rows: int
     log_ratios: bool
+    reference: Any
     origin: str
 
     def run(
@@ -147,6 +155,8 @@ class _Drawing:
         """Draw the given shards, one after the other, with a progress bar over prompts."""
         if not shards:
             return
+        if self.reference is not None:
+            use_training_attention(prepare_for_generation(self.reference))
         prepare_for_generation(self.model)
         use_decode_attention(self.model)
         occurrences = _occurrences(ids)
@@ -207,9 +217,22 @@ class _Drawing:
             batch = {k: v.to(self.model.device) for k, v in collate([group]).items()}
             with torch.no_grad():
                 made[columns.POLICY_LOGPS].append(response_logps(self.model, batch).tolist())
-            made[columns.REFERENCE_LOGPS].append(reference_logps(self.model, batch).tolist())
+            made[columns.REFERENCE_LOGPS].append(
+                reference_logps(self.model, batch, self.reference).tolist()
+            )
         use_decode_attention(self.model)
         return made
+
+
+def _check_unchanged(sampler: Sampler) -> None:
+    """Raise where draws are not those of the policy itself."""
+    for name, value in columns.UNCHANGED_SAMPLER.items():
+        if sampler.settings[name] != value:
+            raise ValueError(
+                f"{name} must be {value:g} with log_ratios; got {sampler.settings[name]!r}: over "
+                "such draws the mean log-ratio is not the KL. Draw without log_ratios for win "
+                f"rates at that {name}, and a second time with {name} {value:g} for the KL."
+            )
 
 
 def _prompts_hash(ids: Sequence[Sequence[int]]) -> str:

@@ -182,6 +182,12 @@ class CTRLDPOTrainer(ResumableTrainer):
             len(rows) - len(missing),
         )
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the policy, and beside it which policy its log-ratios are taken against."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.reference.save_record(Path(output_dir or self.args.output_dir))
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, also on a dataset that was not there when the trainer was built."""
         if hasattr(eval_dataset, "column_names"):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,8 @@ import pytest
 import torch
 from hypothesis import settings
 from tiny import tiny_llama, tiny_tokenizer
+
+from ctrl_dpo.data.disk import exclusive
 
 settings.register_profile("ci", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("ci")
@@ -59,3 +64,28 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def held_by_another() -> Callable[[Path], AbstractContextManager[None]]:
+    """Return a context in which somebody else holds a folder."""
+
+    @contextmanager
+    def hold(folder: Path) -> Iterator[None]:
+        held, done = threading.Event(), threading.Event()
+
+        def work() -> None:
+            with exclusive(folder):
+                held.set()
+                done.wait(60)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert held.wait(60)
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    return hold

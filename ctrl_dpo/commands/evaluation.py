@@ -49,17 +49,17 @@ def evaluate(
     }
     settings = options | {"procedure": procedure, "plot": plot}
     inputs = {"policy": content_hash(policy), "reference": content_hash(reference)}
-    folder = StageFolder(output, "evaluate", settings, inputs, n_shards=0).open()
-    if not folder.is_complete:
-        record = run(read_rows(policy), read_rows(reference), procedures=procedure, **options)
-        record["sources"] = {"policy": policy, "reference": reference}
-        record["columns"] = options["columns"]
-        text = json.dumps(record, indent=1) + "\n"
-        write_atomically(output / EVALUATION, text.encode("utf-8"))
-        if plot:
-            report(output, [record], **report_inputs([record], {}))
-        rates = {f"win rate {p}": r["value"] for p, r in record["win_rates"].items()}
-        folder.finish(rates | ({} if record["kl"] is None else {"kl": record["kl"]["value"]}))
+    with StageFolder(output, "evaluate", settings, inputs, n_shards=0).held() as folder:
+        if not folder.is_complete:
+            record = run(read_rows(policy), read_rows(reference), procedures=procedure, **options)
+            record["sources"] = {"policy": policy, "reference": reference}
+            record["columns"] = options["columns"]
+            text = json.dumps(record, indent=1) + "\n"
+            write_atomically(output / EVALUATION, text.encode("utf-8"))
+            if plot:
+                report(output, [record], **report_inputs([record], {}))
+            rates = {f"win rate {p}": r["value"] for p, r in record["win_rates"].items()}
+            folder.finish(rates | ({} if record["kl"] is None else {"kl": record["kl"]["value"]}))
     found = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
     typer.echo(f"{win_rate_table([found])}\n")
     if found["kl"] is not None:

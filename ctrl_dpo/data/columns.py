@@ -15,6 +15,8 @@ RESPONSE_IDS = "response_ids"  # token ids as drawn, so that nothing is tokenise
 FINISHED = "finished"  # False where the draw ran into the length limit
 SAMPLER_LOGPS = "sampler_logps"  # nats per response, from the sampler's own forward passes
 SAMPLED_FROM = "sampled_from"  # model, template and sampler settings, the same in every row
+# those by which a model itself is drawn from: only over such draws is the mean log-ratio the KL
+UNCHANGED_SAMPLER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 POLICY_LOGPS = "policy_logps"  # nats per response, from the training forward path
 
 # written by the relabel stage

@@ -11,12 +11,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctrl_dpo.data.disk import flush
+from ctrl_dpo.data.disk import exclusive, flush
 from ctrl_dpo.data.files import read_file, read_folder
 
 if TYPE_CHECKING:
@@ -102,6 +103,25 @@ class StageFolder:
         (self.path / "data" if self.n_shards else self.path).mkdir(parents=True, exist_ok=True)
         self._write_record({"complete": False})
         return self
+
+    @contextmanager
+    def held(self) -> Iterator[StageFolder]:
+        """Open the folder and hold it for this process, unless there is nothing left to do.
+
+        Yields
+        ------
+        StageFolder
+            This object. A finished stage is only read, by any number of processes at once.
+
+        Raises
+        ------
+        ValueError
+            If another process is writing the folder, or :meth:`open` refuses it.
+        """
+        with ExitStack() as stack:
+            if not self.is_complete:
+                stack.enter_context(exclusive(self.path))
+            yield self.open()
 
     def _holds_work(self) -> bool:
         """Tell whether there is more than the record of a stage that failed at once."""
@@ -312,10 +332,10 @@ def run_once(folder: StageFolder, make: Callable[[], tuple[Dataset, Mapping[str,
     bool
         Whether there was anything to do.
     """
-    folder.open()
-    if folder.is_complete:
-        return False
-    rows, summary = make()
-    folder.write_shard(0, rows)
-    folder.finish(summary)
+    with folder.held():
+        if folder.is_complete:
+            return False
+        rows, summary = make()
+        folder.write_shard(0, rows)
+        folder.finish(summary)
     return True

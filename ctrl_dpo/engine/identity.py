@@ -43,6 +43,11 @@ def model_identity(model: Any, name: str | Path | None = None, *, adapter: bool 
     return f"tensors:{tensors_hash(model, adapter=False)}"
 
 
+def identity_kind(identity: str) -> str:
+    """Return how a model was identified: two identities are comparable where this is the same."""
+    return identity.partition(":")[0]
+
+
 def tensors_hash(model: Any, *, adapter: bool = True) -> str:
     """Return the sha256 over names, types and bytes of a model's parameters and buffers.
 

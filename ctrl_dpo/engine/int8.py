@@ -152,6 +152,13 @@ def _float16(integers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return integers.to(torch.float16).mul_(scale.unsqueeze(1))
 
 
+def is_in_8bit(model: torch.nn.Module) -> bool:
+    """Tell whether a model has int8 layers, or had them before it was prepared for drawing."""
+    return bool(linear_8bit_modules(model)) or any(
+        isinstance(module, ScaledLinear) for module in model.modules()
+    )
+
+
 class ScaledLinear(torch.nn.Module):
     """The function of an int8 layer, its integers held as floats: for drawing, not for training.
 

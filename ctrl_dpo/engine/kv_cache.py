@@ -204,10 +204,15 @@ def use_decode_attention(model: Any) -> None:
     base.set_attn_implementation(ATTENTION)
 
 
+def training_attention(model: Any) -> str:
+    """Return the attention a model is trained with, whichever is on."""
+    base = _base(model)
+    return str(getattr(base, "_training_attention", base.config._attn_implementation))
+
+
 def use_training_attention(model: Any) -> None:
     """Switch a model back to the attention it is trained with."""
-    base = _base(model)
-    base.set_attn_implementation(getattr(base, "_training_attention", "sdpa"))
+    _base(model).set_attn_implementation(training_attention(model))
 
 
 def _base(model: Any) -> Any:

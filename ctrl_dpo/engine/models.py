@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_CONFIG = "adapter_config.json"
+REFERENCE_RECORD = "reference_policy.json"  # beside the weights of a trained policy
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -193,7 +195,8 @@ def load_policy(
     Returns
     -------
     transformers.PreTrainedModel or peft.PeftModel
-        The model in evaluation mode.
+        The model in evaluation mode, with what is recorded of its reference policy
+        (:func:`recorded_reference`).
     """
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -202,14 +205,37 @@ def load_policy(
         "attn_implementation": attn_implementation,
     }
     if not is_adapter(name):
-        return load_model(name, **loading)
-    from peft import PeftConfig, PeftModel
+        policy = load_model(name, **loading)
+    else:
+        from peft import PeftConfig, PeftModel
 
-    source = base or PeftConfig.from_pretrained(str(name)).base_model_name_or_path
-    model = load_model(source, **loading)
-    policy = PeftModel.from_pretrained(model, str(name), is_trainable=trainable).eval()
-    speed_up_adapters(policy)  # the products of training: the policy drawn is the one trained
+        source = base or PeftConfig.from_pretrained(str(name)).base_model_name_or_path
+        model = load_model(source, **loading)
+        policy = PeftModel.from_pretrained(model, str(name), is_trainable=trainable).eval()
+        speed_up_adapters(policy)  # the products of training: the policy drawn is the one trained
+    record = Path(name) / REFERENCE_RECORD
+    if record.is_file():
+        policy.reference_record = json.loads(record.read_text(encoding="utf-8"))
     return policy
+
+
+def recorded_reference(model: Any) -> dict[str, str]:
+    """Return what is known of the reference policy that a model was trained against.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        From :func:`load_policy`, or of a trainer.
+
+    Returns
+    -------
+    dict of str to str
+        ``kind`` and ``identity``, see :class:`ctrl_dpo.engine.policies.ReferencePolicy`; empty
+        where nothing is recorded.
+    """
+    # not by getattr: an adapter without a record would answer with that of its base model
+    found: dict[str, str] = vars(model).get("reference_record", {})
+    return found
 
 
 def is_adapter(name: str | Path) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ctrl_dpo.engine.identity import model_identity
-from ctrl_dpo.engine.models import adapter_off
+from ctrl_dpo.data.folders import write_atomically
+from ctrl_dpo.engine.identity import identity_kind, model_identity
+from ctrl_dpo.engine.models import REFERENCE_RECORD, adapter_off, recorded_reference
 
 ADAPTER_OFF = "the model with its adapter off"
 FROZEN_ADAPTER = "a frozen copy of the adapter that came with the model"
@@ -25,7 +28,7 @@ class ReferencePolicy:
     Parameters
     ----------
     kind : str
-        Which one, for the log.
+        Which one, for the log and the record.
     identity : str
         Hash of its weights, see :func:`ctrl_dpo.engine.identity.model_identity`.
     start : str
@@ -41,6 +44,16 @@ class ReferencePolicy:
     start: str
     model: Any = None
     adapter: dict[str, torch.Tensor] | None = None
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What a trained policy keeps of it: which one, and the hash of its weights."""
+        return {"kind": self.kind, "identity": self.identity}
+
+    def save_record(self, folder: Path) -> None:
+        """Write the record into a folder, beside the weights of the policy."""
+        text = json.dumps(self.record, indent=1) + "\n"
+        write_atomically(folder / REFERENCE_RECORD, text.encode("utf-8"))
 
     @contextmanager
     def computing(self) -> Iterator[Any]:
@@ -88,8 +101,49 @@ def _fill(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Ten
         parameter.copy_(values[name])
 
 
+def check_recorded(model: Any, given: str | None) -> None:
+    """Raise unless log-ratios of a policy are against the reference policy it was trained against.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel or peft.PeftModel
+        The policy; without a record, all that is asked is that there is a reference policy.
+    given : str or None
+        Identity of the reference policy that was given; None for the model with its adapter off.
+
+    Raises
+    ------
+    ValueError
+        If none was given and the adapter off is not the reference policy, or another was given.
+    """
+    record = recorded_reference(model)
+    known = record.get("identity", "")
+    if given is not None:
+        if identity_kind(known) == identity_kind(given) and known != given:
+            raise ValueError(
+                f"reference must be the policy that was trained against, {record['kind']} "
+                f"({known}); got {given}. Give that one."
+            )
+        return
+    kind = record.get("kind", ADAPTER_OFF)
+    if kind != ADAPTER_OFF or not hasattr(model, "disable_adapter"):
+        bare = f"without an adapter ({type(model).__name__})"
+        what = bare if kind == ADAPTER_OFF else f"trained against {kind}"
+        raise ValueError(
+            f"reference must be given for log_ratios of a policy {what}; got None, which stands "
+            f"for {ADAPTER_OFF}. Give the model or adapter that it was trained against "
+            "(--reference MODEL)."
+        )
+
+
 def choose_reference(
-    model: Any, ref_model: Any, name: Any, *, new_adapter: bool, from_dataset: bool
+    model: Any,
+    ref_model: Any,
+    name: Any,
+    ref_name: Any = None,
+    *,
+    new_adapter: bool,
+    from_dataset: bool,
 ) -> ReferencePolicy:
     """Settle on the one reference policy that a run has.
 
@@ -99,8 +153,8 @@ def choose_reference(
         The policy as it came, a new adapter not yet attached.
     ref_model : transformers.PreTrainedModel or None
         A reference policy of its own.
-    name : str, Path or None
-        Where the policy was loaded from.
+    name, ref_name : str, Path or None
+        Where the policy was loaded from, and where its reference policy.
     new_adapter : bool
         Whether an adapter is about to be attached.
     from_dataset : bool
@@ -114,7 +168,8 @@ def choose_reference(
     """
     identity = model_identity(model, name)
     if ref_model is not None:
-        return ReferencePolicy(SECOND_MODEL, model_identity(ref_model), identity, ref_model)
+        known = model_identity(ref_model, ref_name)
+        return ReferencePolicy(SECOND_MODEL, known, identity, ref_model)
     if not hasattr(model, "disable_adapter"):
         kind = FROM_DATASET if from_dataset and not new_adapter else ADAPTER_OFF
         return ReferencePolicy(kind, identity, identity, model if new_adapter else None)

@@ -7,12 +7,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ctrl_dpo.data import columns
+from ctrl_dpo.engine.identity import identity_kind
 from ctrl_dpo.engine.numerics import numerics
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_KEPT = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def provenance(identity: str, tokenizer: Any, settings: dict[str, Any]) -> str:
@@ -32,7 +31,7 @@ def provenance(identity: str, tokenizer: Any, settings: dict[str, Any]) -> str:
     str
         JSON with ``model``, ``template`` and the settings.
     """
-    kept = {name: settings[name] for name in _KEPT}
+    kept = {name: settings[name] for name in columns.UNCHANGED_SAMPLER}
     return json.dumps({"model": identity, "template": _template(tokenizer), **kept}, sort_keys=True)
 
 
@@ -55,11 +54,12 @@ def check_provenance(dataset: Dataset, identity: str, tokenizer: Any) -> None:
     """
     if columns.SAMPLED_FROM not in dataset.column_names:
         return
-    expected: dict[str, Any] = {"model": identity, "template": _template(tokenizer), **_KEPT}
+    expected: dict[str, Any] = {"model": identity, "template": _template(tokenizer)}
+    expected |= columns.UNCHANGED_SAMPLER
     for text in dataset.unique(columns.SAMPLED_FROM):
         found = json.loads(text)
         for name, value in expected.items():
-            if name == "model" and _kind(found[name]) != _kind(value):
+            if name == "model" and identity_kind(found[name]) != identity_kind(value):
                 continue  # one was hashed as files, the other as tensors: not comparable
             if found[name] != value:
                 raise ValueError(
@@ -131,7 +131,3 @@ def check_computation(dataset: Dataset, expected: str) -> None:
 
 def _template(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
-
-
-def _kind(identity: str) -> str:
-    return identity.partition(":")[0]

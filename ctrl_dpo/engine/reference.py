@@ -17,34 +17,86 @@ from tqdm import tqdm
 
 from ctrl_dpo.data.hashes import user_cache
 from ctrl_dpo.engine.batches import collate, row_lengths
+from ctrl_dpo.engine.checks import check_tokenizer
+from ctrl_dpo.engine.identity import model_identity
+from ctrl_dpo.engine.int8 import is_in_8bit
+from ctrl_dpo.engine.kv_cache import training_attention
 from ctrl_dpo.engine.logprobs import response_logps
-from ctrl_dpo.engine.models import adapter_off
+from ctrl_dpo.engine.models import adapter_off, load_policy
 from ctrl_dpo.engine.numerics import numerics
 from ctrl_dpo.engine.passes import split
+from ctrl_dpo.engine.policies import check_recorded
 from ctrl_dpo.engine.reference_store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 
 
+def load_reference(policy: Any, reference: Any, tokenizer: Any) -> tuple[Any, str | None]:
+    """Return the reference policy that was given for log-ratios of a policy, and its identity.
+
+    Parameters
+    ----------
+    policy : transformers.PreTrainedModel or peft.PeftModel
+        The policy.
+    reference : str, Path, transformers.PreTrainedModel, peft.PeftModel or None
+        A name is loaded in the type, bits and attention of the policy, so that equal weights give
+        equal numbers; None stands for the policy with its adapter off.
+    tokenizer : transformers.PreTrainedTokenizerBase
+        Of the policy.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel or peft.PeftModel or None
+        None where none was given.
+    identity : str or None
+        See :func:`ctrl_dpo.engine.identity.model_identity`.
+
+    Raises
+    ------
+    ValueError
+        If it is not the one that the policy was trained against, as far as that is recorded, or
+        has another tokenizer.
+    """
+    if reference is None:
+        check_recorded(policy, None)
+        return None, None
+    name = reference if isinstance(reference, (str, Path)) else None
+    if name is not None:
+        reference = load_policy(
+            name,
+            dtype=str(policy.dtype).removeprefix("torch."),
+            load_in_8bit=is_in_8bit(policy),
+            device=policy.device,
+            attn_implementation=training_attention(policy),
+        )
+    identity = model_identity(reference, name)
+    check_recorded(policy, identity)
+    check_tokenizer(tokenizer, reference, "reference")
+    return reference, identity
+
+
 @torch.no_grad()
-def reference_logps(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def reference_logps(
+    model: Any, batch: Mapping[str, torch.Tensor], reference: Any = None
+) -> torch.Tensor:
     """Return the log-probabilities of a batch under the reference policy, ``(n_responses,)``.
 
     Parameters
     ----------
     model : transformers.PreTrainedModel or peft.PeftModel
-        A policy with an adapter, which is switched off; or the reference policy itself.
+        The policy; without ``reference`` one with an adapter, which is switched off.
     batch : mapping of str to Tensor
         From :func:`ctrl_dpo.engine.batches.collate`.
+    reference : transformers.PreTrainedModel or peft.PeftModel, optional
+        A reference policy of its own, used as it is.
 
     Returns
     -------
     (n_responses,) float32 Tensor
         Nats per response.
     """
-    context = adapter_off(model) if hasattr(model, "disable_adapter") else nullcontext()
-    with context:
-        return response_logps(model, batch)
+    with adapter_off(model) if reference is None else nullcontext(reference) as computing:
+        return response_logps(computing, batch)
 
 
 def compute_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,8 @@ def import_function(text: str) -> RewardCallable:
     Parameters
     ----------
     text : str
-        ``module:function``; the module must be importable.
+        ``module:function``; the module is installed, on ``PYTHONPATH``, or in the working
+        directory, which stays on the path, at its end.
 
     Returns
     -------
@@ -136,11 +138,23 @@ def import_function(text: str) -> RewardCallable:
 
     Raises
     ------
+    ImportError
+        If there is no such module, or it does not import.
     ValueError
         If the module has no function of that name.
     """
     module_name, _, name = text.partition(":")
-    module = importlib.import_module(module_name)
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)  # not there in a console script; at the end, it hides nothing
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(
+            f"reward must name a module that imports; got {module_name!r}: {error}. It was looked "
+            f"for in {here!r} and on the path: name its folder in PYTHONPATH, or install what it "
+            "needs."
+        ) from error
     found = {n: f for n, f in vars(module).items() if inspect.isfunction(f)}
     if name not in found:
         raise ValueError(

@@ -66,21 +66,28 @@ def set_up_policies(
         )
     if name is not None:
         model = load_policy(name, **loading, trainable=True)
-    if isinstance(ref_model, (str, Path)):
-        ref_model = load_policy(ref_model, **loading)
+    ref_name = ref_model if isinstance(ref_model, (str, Path)) else None
+    if ref_name is not None:
+        ref_model = load_policy(ref_name, **loading)
     check_8bit(model, name, args.load_in_8bit, peft_config)
     for what, each in (("model", model), ("ref_model", ref_model)):
         if each is not None:
             check_tokenizer(tokenizer, each, what)
             _make_one_function(each, args)
     reference = choose_reference(
-        model, ref_model, name, new_adapter=peft_config is not None, from_dataset=from_dataset
+        model,
+        ref_model,
+        name,
+        ref_name,
+        new_adapter=peft_config is not None,
+        from_dataset=from_dataset,
     )
     if peft_config is not None:
         model = _with_adapter(model, peft_config, args.seed)
         if ref_model is None:
             reference = replace(reference, model=model)
     check_model(model, reference)
+    model.reference_record = reference.record  # for draws from it; its folder gets the same
     speed_up_adapters(model)
     if ref_model is not None:
         speed_up_adapters(ref_model)  # the same products: both are one function at the start

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
 from ctrl_dpo._validation import check_choice, check_columns
-from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
+from ctrl_dpo.data.columns import (
+    POLICY_LOGPS,
+    PROMPT,
+    REFERENCE_LOGPS,
+    RESPONSE_IDS,
+    REWARDS,
+    SAMPLED_FROM,
+    UNCHANGED_SAMPLER,
+)
 from ctrl_dpo.data.messages import check_prompt, is_messages, prompt_key
 
 LENGTH = "length"
@@ -70,6 +79,61 @@ def gather_draws(
     if not gathered:
         raise ValueError("policy and reference must hold at least one row; got 0.")
     return gathered
+
+
+def noting_origins(
+    rows: Iterable[Mapping[str, Any]], origins: set[str]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield rows as they are, and collect what ``sampled_from`` says in those that have it."""
+    for row in rows:
+        if row.get(SAMPLED_FROM) is not None:
+            origins.add(str(row[SAMPLED_FROM]))
+        yield row
+
+
+def check_origins(policy: set[str], reference: set[str], has_kl: bool) -> None:
+    """Raise where draws were not made alike, or do not give the KL, as far as they tell.
+
+    Parameters
+    ----------
+    policy, reference : set of str
+        From :func:`noting_origins`; an empty one tells nothing.
+    has_kl : bool
+        Whether the policy's draws have log-probabilities.
+
+    Raises
+    ------
+    ValueError
+        If a sampler's setting or the template is not the same for all draws, or log-probabilities
+        are of draws at another temperature than 1, with ``top_k`` or with ``top_p``.
+    """
+    sides = [[_origin(text) for text in sorted(side)] for side in (policy, reference)]
+    for name in (*UNCHANGED_SAMPLER, "template"):
+        mine, theirs = ({origin.get(name) for origin in side} for side in sides)
+        if len(mine | theirs) > 1:
+            raise ValueError(
+                f"policy and reference must be drawn with the same {name}; got "
+                f"{sorted(mine, key=str)} for the policy and {sorted(theirs, key=str)} for the "
+                "reference. Draw again, with one sampler and template for both."
+            )
+        value = UNCHANGED_SAMPLER.get(name)
+        if has_kl and value is not None and mine - {value, None}:
+            raise ValueError(
+                f"{POLICY_LOGPS} must be of draws with {name} {value:g} to give the KL; got "
+                f"{mine.pop()!r}. Remove {POLICY_LOGPS} from the policy's rows for win rates, and "
+                "draw with an unchanged sampler for the KL."
+            )
+
+
+def _origin(text: str) -> dict[str, Any]:
+    """Read one value of ``sampled_from``."""
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"column {SAMPLED_FROM!r} must hold what `ctrl-dpo sample` writes there; got "
+            f"{text!r}. Remove the column."
+        ) from None
 
 
 def _columns_of(

@@ -92,6 +92,18 @@ def test_without_log_probabilities_there_is_no_kl_and_no_frontier(tmp_path, side
     assert "reference_rewards must hold >= 6 draws" in error
 
 
+def test_a_folder_that_another_call_writes_is_refused(tmp_path, sides, held_by_another):
+    for rows, name in zip(sides, ("policy", "reference"), strict=True):
+        Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+    files = ["--policy", tmp_path / "policy.parquet", "--reference", tmp_path / "reference.parquet"]
+    words = ["evaluate", *files, "--output", tmp_path / "out", "--no-plot"]
+    with held_by_another(tmp_path / "out"):
+        error = command(*words, code=1)
+        assert "output folder must not be in use" in error
+        assert not list((tmp_path / "out").glob("*.json"))
+    assert "best of 4" in command(*words)
+
+
 def test_no_model_library_is_loaded(tmp_path, sides):
     """In a process of its own, where nothing else has imported torch."""
     for rows, name in zip(sides, ("policy", "reference"), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,8 @@ COMMANDS = re.findall(r"^    ctrl-dpo (\w+)(.*)$", README, re.MULTILINE)
 
 def test_the_example_trains_and_evaluates(tiny_model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("recipes",):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "sentiment_reward.py").write_text(
-        "def compound(prompts, responses):\n    return [float(len(set(r))) for r in responses]\n"
-    )
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     # the same lines on the tiny model and few prompts; nothing else is changed
     code = EXAMPLE.replace("runs/quickstart/model", str(tiny_model_folder))
     code = code.replace('split="train"', 'split="train[:4]"').replace("max_steps=48", "max_steps=2")

@@ -10,16 +10,24 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from plain import plain_logps
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
+from ctrl_dpo.cli import app
+from ctrl_dpo.data.folders import read_record, read_rows
+from ctrl_dpo.data.tokens import prompt_tokens
+from ctrl_dpo.engine.generation import Sampler
+from ctrl_dpo.engine.models import load_policy, recorded_reference
 from ctrl_dpo.engine.policies import (
     ADAPTER_OFF,
     FROM_DATASET,
     FROZEN_ADAPTER,
     SECOND_MODEL,
 )
+from ctrl_dpo.sample import sample
 
 
 def labels(count: int = 3, first: int = 0) -> Dataset:
@@ -262,3 +270,121 @@ def test_an_adapter_that_cannot_be_trained_is_named(tiny_model_folder, tmp_path)
     frozen = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="trainable weights; got none.*is_trainable=True"):
         build(tmp_path, frozen)
+
+
+# ---- the reference policy of a trained policy's log-ratios
+
+SAMPLER = Sampler(draws=2, max_new_tokens=6, seed=4)
+PROMPTS = Dataset.from_dict({"prompt": ["one", "a second one"]})
+
+
+def plain(policy, row) -> list[float]:
+    prompt = prompt_tokens(tiny_tokenizer(), row["prompt"])
+    group = {"prompt_ids": prompt, "response_ids": row["response_ids"]}
+    return plain_logps(policy, [group]).tolist()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["new adapter", "trained adapter", "second model, all weights", "dataset, all weights"],
+)
+def test_a_saved_policy_records_its_reference_policy(mode, tiny_model_folder, tmp_path):
+    made = make(mode, "float32", tiny_model_folder, tmp_path)
+    made.args.save_strategy, made.args.save_steps = "steps", 1
+    made.train()
+    made.save_model()
+    expected = {"kind": KINDS[mode], "identity": made.reference.identity}
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        record = json.loads((folder / "reference_policy.json").read_text())
+        assert record == expected, folder
+        assert recorded_reference(load_policy(folder, dtype="float32")) == expected
+    assert recorded_reference(made.model) == expected
+    if mode == "new adapter":
+        rows = sample(PROMPTS, made.model, SAMPLER, tokenizer=tiny_tokenizer(), log_ratios=True)
+        assert rows["policy_logps"][:] != rows["reference_logps"][:]
+        return
+    message = f"of a policy trained against {KINDS[mode]}; got None.*--reference MODEL"
+    for policy in (made.model, tmp_path / "out"):
+        with pytest.raises(ValueError, match=message):
+            sample(PROMPTS, policy, SAMPLER, tokenizer=tiny_tokenizer(), log_ratios=True)
+
+
+@pytest.fixture
+def continued(tiny_model_folder, tmp_path):
+    """Folder of a policy that began as an adapter, which is its reference policy."""
+    made = make("adapter folder", "float32", tiny_model_folder, tmp_path)
+    made.train()
+    made.save_model()
+    return tmp_path / "out"
+
+
+def test_log_ratios_are_against_the_policy_of_training(continued, tiny_model_folder, tmp_path):
+    start, output = tmp_path / "adapter", tmp_path / "draws"
+    options = ["--draws", "2", "--max-new-tokens", "6", "--dtype", "float32", "--log-ratios"]
+    PROMPTS.to_json(tmp_path / "prompts.jsonl")
+    words = ["sample", str(continued), str(tmp_path / "prompts.jsonl"), "--output", str(output)]
+    for wrong, message in (
+        ([], f"of a policy trained against {FROZEN_ADAPTER}; got None"),
+        (
+            ["--reference", str(tiny_model_folder)],
+            r"that was trained against, .* got files:\w+\. G",
+        ),
+    ):
+        refused = CliRunner().invoke(app, [*words, *options, *wrong]).exception
+        with pytest.raises(ValueError, match=message):
+            raise refused
+        assert not output.exists()
+    made = CliRunner().invoke(app, [*words, *options, "--reference", str(start)])
+    assert made.exit_code == 0, made.output
+    policy, reference = (load_policy(f, dtype="float32") for f in (continued, start))
+    for row in read_rows(output):
+        assert row["policy_logps"] == pytest.approx(plain(policy, row), abs=1e-4)
+        expected = plain(reference, row)
+        assert row["reference_logps"] == pytest.approx(expected, abs=1e-4)
+        with reference.disable_adapter():  # what they were taken against before
+            assert plain(reference, row) != pytest.approx(expected, abs=0.1)
+    known = json.loads((continued / "reference_policy.json").read_text())["identity"]
+    assert read_record(output)["inputs"]["reference"] == known
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True])
+@pytest.mark.parametrize("kind", ["adapter", "whole model", "adapter that does nothing"])
+def test_a_policy_that_is_its_reference_has_a_kl_of_exactly_0(
+    kind, in_8_bits, tiny_model_folder, tmp_path
+):
+    if kind == "whole model":
+        folder = given = tiny_model_folder
+    else:
+        folder = given = tmp_path / "adapter"
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+        made = trained(base) if kind == "adapter" else get_peft_model(base, lora())
+        made.save_pretrained(folder)
+    if kind == "adapter that does nothing":
+        given = tiny_model_folder
+    policy = load_policy(folder, dtype="float32", load_in_8bit=in_8_bits)
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True, "reference": given}
+    for _ in range(2):  # the second time it has been made ready for drawing
+        rows = sample(PROMPTS, policy, SAMPLER, **options)
+        assert rows["policy_logps"][:] == rows["reference_logps"][:]
+
+
+def test_adapters_without_a_record_are_compared_with_the_adapter_off(tiny_model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    trained(base).save_pretrained(tmp_path / "adapter")
+    policy = load_policy(tmp_path / "adapter", dtype="float32")
+    assert recorded_reference(policy) == {}
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True}
+    row = sample(PROMPTS, policy, SAMPLER, **options)[0]
+    again = load_policy(tmp_path / "adapter", dtype="float32")
+    with again.disable_adapter():
+        assert row["reference_logps"] == pytest.approx(plain(again, row), abs=1e-4)
+
+
+def test_a_second_model_given_by_name_is_known_by_its_files(tiny_model_folder, tmp_path):
+    made = build(tmp_path, tiny_model_folder, ref_model=tiny_model_folder)
+    assert made.reference.kind == SECOND_MODEL
+    assert made.reference.identity.startswith("files:")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    made.save_model()
+    with pytest.raises(ValueError, match=f"trained against, {SECOND_MODEL} .files:.*got files:"):
+        sample(PROMPTS, tmp_path / "out", SAMPLER, log_ratios=True, reference=tmp_path / "other")

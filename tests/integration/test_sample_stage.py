@@ -117,6 +117,26 @@ def test_another_model_is_refused(tmp_path):
         )
 
 
+def test_a_folder_that_another_call_draws_into_is_refused(tmp_path, monkeypatch, held_by_another):
+    drawn: list[int] = []
+    original = sample_module.draw_responses
+
+    def counted(model, ids, *rest):
+        drawn.append(len(ids))
+        return original(model, ids, *rest)
+
+    monkeypatch.setattr(sample_module, "draw_responses", counted)
+    message = r"output folder must not be in use; got .*out.*another process"
+    with held_by_another(tmp_path / "out"), pytest.raises(ValueError, match=message):
+        run(tmp_path / "out")
+    assert drawn == []
+    rows = run(tmp_path / "out")
+    assert drawn == [2, 2, 2]
+    with held_by_another(tmp_path / "out"):
+        assert run(tmp_path / "out").to_list() == rows.to_list()  # finished: only read
+    assert drawn == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -132,7 +152,8 @@ def test_bad_prompts_are_refused_before_anything_is_drawn(rows, message):
 
 
 def test_log_ratios_need_a_reference_policy():
-    with pytest.raises(ValueError, match=r"policy with an adapter; got LlamaForCausalLM"):
+    message = r"log_ratios of a policy without an adapter \(LlamaForCausalLM\); got None, .*MODEL"
+    with pytest.raises(ValueError, match=message):
         run(log_ratios=True)
 
 
@@ -148,11 +169,22 @@ def plain(model, row) -> list[float]:
     return plain_logps(model, [group]).tolist()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_ratios_are_of_policy_and_reference_not_of_the_sampler(temperature):
-    sampler = Sampler(draws=3, max_new_tokens=6, temperature=temperature, seed=4)
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}])
+def test_log_ratios_of_a_changed_sampler_are_refused(change, tmp_path):
+    """Their mean over such draws is not the KL."""
+    ((name, value),) = change.items()
+    whole = {"temperature": "1", "top_k": "0", "top_p": "1"}[name]
+    message = rf"^{name} must be {whole} with log_ratios; got {value}: .* for win rates at that"
+    sampler = Sampler(draws=3, max_new_tokens=6, **change)
+    with pytest.raises(ValueError, match=message):
+        # before the model is looked at
+        sample(prompts(), "a/model", sampler, output=tmp_path / "out", log_ratios=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_log_ratios_are_of_policy_and_reference():
     model, tokenizer = adapted(init_lora_weights=False), tiny_tokenizer()
-    rows = sample(prompts(), model, sampler, tokenizer=tokenizer, log_ratios=True)
+    rows = sample(prompts(), model, SAMPLER, tokenizer=tokenizer, log_ratios=True)
     again = adapted(init_lora_weights=False)
     for row in rows:
         assert row["policy_logps"] == pytest.approx(plain(again, row), abs=1e-4)

@@ -304,3 +304,58 @@ def test_records_of_other_prompts_are_not_compared():
     ]
     with pytest.raises(ValueError, match=r"same prompts_hash; got .* for '2' and .* for '3'"):
         compare(*records)
+
+
+def drawn(logps: bool = False, **origin) -> list[dict]:
+    """Two prompts with draws that say where they come from."""
+    origin = {"model": "m", "template": "t", "temperature": 1.0, "top_k": 0, "top_p": 1.0} | origin
+    rows = [{"prompt": p, "rewards": [0.0, 1.0], "sampled_from": json.dumps(origin)} for p in "ab"]
+    values = {"policy_logps": [-1.0, -2.0], "reference_logps": [-2.0, -2.0]} if logps else {}
+    return [row | values for row in rows]
+
+
+def test_draws_of_one_sampler_are_evaluated_and_of_none_known_too():
+    bare = [{"prompt": p, "rewards": [0.0, 1.0]} for p in "ab"]
+    hot = {"temperature": 0.7, "top_p": 0.9}
+    sides = [(drawn(logps=True, model="p"), drawn()), (drawn(temperature=1), drawn())]
+    sides += [(drawn(**hot), drawn(**hot)), (drawn(logps=True), bare)]
+    found = [evaluate(*pair, procedures=["single_draw"]) for pair in sides]
+    assert [r["kl"] and r["kl"]["value"] for r in found] == [0.5, None, None, 0.5]
+    assert [r["win_rates"]["single_draw"]["value"] for r in found] == [0.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.7}, r"same temperature; got \[0\.7\] for the policy and \[1\.0\] for"),
+        (
+            {"top_k": 5},
+            r"drawn with the same top_k; got \[5\] for the policy and \[0\] for",
+        ),
+        ({"top_p": 0.9}, r"drawn with the same top_p; got \[0\.9\] for the policy and \[1\.0\]"),
+        (
+            {"template": "u"},
+            r"drawn with the same template; got \['u'\] for .* and \['t'\] for",
+        ),
+    ],
+)
+def test_draws_that_were_not_made_alike_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(drawn(**change), drawn(), procedures=["single_draw"])
+    mixed = [*drawn(**change), *drawn()]
+    with pytest.raises(ValueError, match=r"drawn with the same .* for the policy and \[\] for the"):
+        evaluate(mixed, [{"prompt": p, "rewards": [0.0]} for p in "ab"])
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}])
+def test_the_mean_log_ratio_over_draws_of_a_changed_sampler_is_not_called_kl(change):
+    ((name, value),) = change.items()
+    message = rf"policy_logps must be of draws with {name} \d to give the KL; got {value}\. Remove"
+    with pytest.raises(ValueError, match=message):
+        evaluate(drawn(logps=True, **change), drawn(**change), procedures=["single_draw"])
+
+
+def test_what_is_no_record_of_draws_is_named():
+    rows = [row | {"sampled_from": "gpt"} for row in drawn()]
+    with pytest.raises(ValueError, match=r"'sampled_from' must hold what .*; got 'gpt'\. Remove"):
+        evaluate(rows, drawn())

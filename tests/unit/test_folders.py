@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 
 import datasets
 import pytest
@@ -14,6 +15,7 @@ from ctrl_dpo.data.folders import (
     read_record,
     read_rows,
     read_shards,
+    run_once,
 )
 
 
@@ -153,6 +155,38 @@ def test_a_change_is_continued_where_it_is_allowed(tmp_path):
     assert read_record(tmp_path / "out")["settings"] == {"seed": 2}
     with pytest.raises(ValueError, match="where settings.seed is 2, not 1"):
         stage(tmp_path / "out").open()
+
+
+def test_a_folder_that_another_call_writes_is_refused_and_a_finished_one_is_read(tmp_path):
+    """The first call is in the middle of its work when the second one comes."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow_rows():
+        inside.set()
+        assert go_on.wait(60)
+        return rows(1), {}
+
+    first = stage(tmp_path / "out", n_shards=1)
+    thread = threading.Thread(target=run_once, args=(first, slow_rows))
+    thread.start()
+    assert inside.wait(60)
+    second = stage(tmp_path / "out", n_shards=1, settings={"seed": 2})
+    try:
+        with pytest.raises(ValueError, match=r"must not be in use; got .*out.*Wait for it"):
+            run_once(second, lambda: (rows(2), {}))
+    finally:
+        go_on.set()
+        thread.join()
+    assert read_record(tmp_path / "out")["settings"] == {"seed": 1}
+    assert read_rows(tmp_path / "out")["x"] == [1]
+    with pytest.raises(ValueError, match=r"where settings\.seed is 1, not 2"):
+        run_once(second, lambda: (rows(2), {}))
+    with first.held():  # any number of readers at once
+        again = []
+        reader = threading.Thread(target=lambda: again.append(run_once(first, slow_rows)))
+        reader.start()
+        reader.join()
+    assert again == [False]
 
 
 def test_locks_and_parts_of_files_are_no_work(tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from datasets import Dataset
 
+from ctrl_dpo.data.folders import read_rows
 from ctrl_dpo.engine.reward_functions import Candidate, FunctionReward, import_function
 from ctrl_dpo.engine.score_cache import ScoreCache
 from ctrl_dpo.score import load_reward, score
@@ -233,6 +236,52 @@ def test_a_batch_size_of_zero_is_refused():
 def test_text_that_names_no_function_lists_those_there_are():
     with pytest.raises(ValueError, match=r"'json'; got 'lods'. It has .*'loads'"):
         import_function("json:lods")
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory with a reward module, which is not on the path."""
+    source = "def letters(prompts, responses):\n    return [len(r) for r in responses]\n"
+    (tmp_path / "work" / "inner").mkdir(parents=True)
+    for name in ("reward_of_work.py", "inner/reward_of_inner.py"):
+        (tmp_path / "work" / name).write_text(source)
+    (tmp_path / "work" / "broken_reward.py").write_text("import a_package_that_is_not_there\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("name", ["reward_of_work", "inner.reward_of_inner"])
+def test_modules_of_the_working_directory_are_found(name, elsewhere):
+    before = [*sys.path]
+    assert import_function(f"{name}:letters")(["p"], ["four"]) == [4]
+    assert sys.path == [*before, str(elsewhere)]  # at the end: it hides no other module
+
+
+@pytest.mark.slow
+def test_a_script_that_lies_elsewhere_finds_modules_where_it_runs(elsewhere):
+    """As the console script does: the first entry of its path is its own folder."""
+    (elsewhere.parent / "scripts").mkdir()
+    script = elsewhere.parent / "scripts" / "score.py"
+    script.write_text("from ctrl_dpo.cli import main\nmain()\n")
+    groups().to_json(elsewhere / "groups.jsonl")
+    words = ["score", "groups.jsonl", "--reward", "reward_of_work:letters", "--output", "scored"]
+    made = subprocess.run(
+        [sys.executable, script, *words], cwd=elsewhere, capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert read_rows(elsewhere / "scored")["rewards"][:] == [[1.0, 4.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("reward_that_is_not_there", None), ("broken_reward", "a_package_that_is_not_there")],
+)
+def test_a_module_that_does_not_import_is_named(name, missing, elsewhere):
+    where = f"looked for in '{elsewhere}' and on the path: name its folder in PYTHONPATH"
+    message = f"got '{name}': No module named '{missing or name}'. It was {where}"
+    with pytest.raises(ImportError, match=message):
+        load_reward(f"{name}:letters")
 
 
 def test_options_for_a_function_are_refused():
