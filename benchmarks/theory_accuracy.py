@@ -21,6 +21,8 @@ from ctrl_dpo import optimal_policy
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "oracle"))
 import test_theory_mpmath as oracle
 
+oracle.ORDER = oracle.DIGITS = 50
+
 Exact = tuple[object, object, list[object]]  # win rate, KL and F
 
 
