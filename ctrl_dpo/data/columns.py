@@ -69,6 +69,8 @@ MEANINGS = {
     CALIBRATED_REWARDS: "share of the reference policy's responses that each one beats",
     TRANSFORMED_REWARDS: "calibrated rewards, transformed for the procedure",
     LOG_NORMALISER: "logarithm of the mean of exp(transformed reward / beta)",
+    DRAW_REWARDS: "rewards of all draws, of which the responses are some",
+    ANCHOR: "weight of the group mean in the squared loss that the labels are for",
     EFFECTIVE_SAMPLE_SIZE: "what weighted draws are worth, in draws",
     BETA: "strength of the KL penalty",
     PROCEDURE: "how the trained policy will be used",
