@@ -52,19 +52,19 @@ def sample(
     """Draw responses to every prompt, once."""
     from ctrl_dpo.data.folders import read_rows
     from ctrl_dpo.engine.generation import Sampler
-    from ctrl_dpo.engine.models import load_policy, load_tokenizer
     from ctrl_dpo.sample import sample as run
 
     run(
         read_rows(prompts),
-        load_policy(model, dtype=dtype, load_in_8bit=load_in_8bit),
+        model,
         Sampler(draws, max_new_tokens, temperature, top_k, top_p, seed),
-        tokenizer=load_tokenizer(model),
         output=output,
         batch_rows=batch_rows,
         shard_prompts=shard_prompts,
         log_ratios=log_ratios,
         reference=reference,
+        dtype=dtype,
+        load_in_8bit=load_in_8bit,
     )
     finished(output)
 

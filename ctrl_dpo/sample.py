@@ -24,6 +24,7 @@ from ctrl_dpo.engine.generation import (
     end_tokens,
 )
 from ctrl_dpo.engine.identity import model_identity
+from ctrl_dpo.engine.int8 import is_in_8bit
 from ctrl_dpo.engine.kv_cache import use_decode_attention, use_training_attention
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import (
@@ -50,6 +51,7 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
     shard_prompts: int = 64,
     log_ratios: bool = False,
     reference: Any = None,
+    **loading: Any,
 ) -> Dataset:
     """Draw responses to every prompt, each prompt computed once for all its draws.
 
@@ -80,6 +82,9 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
         Reference policy of the log-ratios, a model or an adapter; by default the model with its
         adapter off. It must be given for a policy that was trained against another, which its
         folder tells. A name is loaded as the policy is; a loaded model is changed as it is.
+    **loading
+        For a policy given by name: ``dtype``, ``load_in_8bit`` and what else
+        :func:`ctrl_dpo.engine.models.load_policy` takes.
 
     Returns
     -------
@@ -94,7 +99,8 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
     ------
     ValueError
         If there are no prompts, one is malformed or too long for the model, or ``log_ratios`` is
-        asked of a sampler that changes the policy, without the reference policy, or with another.
+        asked of a sampler that changes the policy, without the reference policy, or with another;
+        if options of loading are given for a loaded model.
     """
     chosen = sampler or Sampler()
     if log_ratios:
@@ -107,7 +113,12 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
             "prompts must have at least one row; got 0. Check the file and its filters."
         )
     name = model if isinstance(model, (str, Path)) else None
-    loaded = load_policy(name) if name is not None else model
+    if name is None and loading:
+        raise ValueError(
+            f"options of loading must be for a model given by name; got {sorted(loading)} for "
+            f"{type(model).__name__}."
+        )
+    loaded = load_policy(name, **loading) if name is not None else model
     tokens = tokenizer or load_tokenizer(name or loaded.name_or_path)
     base, base_identity = load_reference(loaded, reference, tokens) if log_ratios else (None, None)
     ids = [prompt_tokens(tokens, prompt) for prompt in prompts[columns.PROMPT]]
@@ -120,11 +131,14 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
         made = [part for _, part in drawing.run(prompts, ids, dict(enumerate(shards)))]
         return concatenate_datasets(made)
     settings = {**chosen.settings, "batch_rows": batch_rows, "log_ratios": log_ratios}
+    # files of weights are the same in any type and number of bits
+    settings |= {"dtype": str(loaded.dtype).removeprefix("torch.")}
+    settings |= {"load_in_8bit": True} if is_in_8bit(loaded) else {}
     inputs = {"model": identity, "prompts": _prompts_hash(ids)}
     folder = StageFolder(
         Path(output),
         "sample",
-        settings=settings | {"dtype": str(loaded.dtype).removeprefix("torch.")},
+        settings=settings,
         inputs=inputs if base_identity is None else inputs | {"reference": base_identity},
         n_shards=len(shards),
     )

@@ -10,12 +10,15 @@ import sys
 import datasets
 import numpy as np
 import pytest
+from tiny import tiny_llama
 from typer.testing import CliRunner
 
 from ctrl_dpo import CTRLDPOTrainer, inference_win_rate, kl_divergence
 from ctrl_dpo.arguments import parse_arguments
 from ctrl_dpo.cli import app, main
 from ctrl_dpo.data.folders import read_record
+from ctrl_dpo.data.hashes import model_hash
+from ctrl_dpo.sample import sample
 
 CONFIG = """
 loss: squared
@@ -67,7 +70,7 @@ def all_stages(runs, model) -> list[str]:
     do("sample", model, runs / "train.jsonl", "--output", runs / "draws", "--draws", 6, *drawing)
     do("score", runs / "draws", "--output", runs / "scored", *scoring)
     labels = ["--procedure", "best_of_2", "--target-kl", 0.5]
-    do("relabel", runs / "scored", "--output", runs / "groups", *labels)
+    do("relabel", runs / "scored", "--output", runs / "groups", *labels, "--anchor", 0.5)
     do("relabel", runs / "scored", "--output", runs / "pairs", *labels, "--pairs", "adjacent")
     options = ["--config", runs / "train.yaml", "--output_dir", runs / "adapter"]
     do("train", model, runs / "groups", *options)
@@ -126,6 +129,23 @@ def test_all_stages(runs, tiny_model_folder):
     assert pictures == drawn | {"labels0.png"}
     assert all(f"({name})" in page for name in pictures)
     assert f"{rate.value:.1%}" in page
+
+
+def test_draws_of_a_command_are_known_by_the_files_of_their_model(runs, tiny_model_folder):
+    draws = datasets.load_dataset(str(runs / "draws"), split="train")
+    (origin,) = draws.unique("sampled_from")
+    files = f"files:{model_hash(tiny_model_folder)}"
+    assert json.loads(origin)["model"] == files
+    assert read_record(runs / "draws")["settings"]["load_in_8bit"] is True
+    other = runs / "other_model"
+    shutil.copytree(tiny_model_folder, other)
+    tiny_llama(seed=9).save_pretrained(other)
+    words = [str(other), str(runs / "groups"), "--config", str(runs / "train.yaml")]
+    words += ["--output_dir", str(runs / "refused")]
+    with pytest.raises(ValueError, match=f"draws of the reference policy; got model '{files}'"):
+        CliRunner().invoke(app, ["train", *words], catch_exceptions=False)
+    with pytest.raises(ValueError, match="must be for a model given by name; got .*'dtype'"):
+        sample(draws.select_columns(["prompt"]), tiny_llama(), dtype="float32")
 
 
 def test_the_model_card_tells_the_run(runs):
