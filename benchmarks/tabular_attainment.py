@@ -38,7 +38,7 @@ def compute(data: str, loss: str, procedure: str, number: float) -> tuple[float,
         if data == EXACT:
             return tabular.exact_share(folder, loss, number, procedure), 0.0
         if data == HARD:
-            return tabular.hard_label_share(folder, number, procedure)
+            return tabular.hard_label_share(folder, number, procedure, steps=200)
         return tabular.drawn_share(folder, loss, data.split()[1], procedure), 0.0
 
 

@@ -36,7 +36,7 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     tiny_llama(num_hidden_layers=1, hidden_size=64).save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     rows = Dataset.from_dict(GROUPS)
-    relabel(rows, procedure="best_of_2", beta=0.3).to_parquet(str(data))
+    relabel(rows, procedure="best_of_2", beta=0.3, anchor=0.5).to_parquet(str(data))
     return model, data
 
 

@@ -157,10 +157,10 @@ def drawn_share(folder, loss: str, form: str, procedure: str) -> float:
     return shares(fit(folder, data, steps, loss=loss, **settings), procedure)[0]
 
 
-def hard_label_share(folder, beta: float, procedure: str) -> tuple[float, float]:
+def hard_label_share(folder, beta: float, procedure: str, steps: int) -> tuple[float, float]:
     """Fit DPO to the order of the exact labels; share of the gain possible at its KL, and that."""
     q = table(model())
-    made = fit(folder, exact_groups(procedure), 100, loss="dpo", beta=beta)
+    made = fit(folder, exact_groups(procedure), steps, loss="dpo", beta=beta)
     win, kl = measure(table(made), q, procedure)
 
     def solved(penalty: float) -> list:

@@ -55,6 +55,7 @@ def runs(tmp_path_factory, tiny_model_folder):
         rows = [{"prompt": [{"role": "user", "content": f"{name} {i}"}]} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     sys.path.insert(0, str(folder))
+    all_stages(folder, tiny_model_folder)
     yield folder
     sys.path.remove(str(folder))
 
@@ -90,9 +91,7 @@ def all_stages(runs, model) -> list[str]:
     return outputs
 
 
-def test_all_stages(runs, tiny_model_folder):
-    all_stages(runs, tiny_model_folder)
-
+def test_all_stages(runs):
     # every stage's rows load with datasets, one line each, and the record says what made them
     for name, rows in (("draws", 6), ("scored", 6), ("groups", 6), ("policy_scored", 4)):
         loaded = datasets.load_dataset(str(runs / name), split="train")

@@ -38,5 +38,5 @@ def test_draws_come_within_a_hundredth(loss, procedure, tmp_path):
 
 def test_hard_labels_do_not_whatever_their_beta(tmp_path):
     """DPO on the same exact data, its beta tuned: at its own KL it stays below the optimum."""
-    found = [hard_label_share(tmp_path / str(b), b, "best_of_4")[0] for b in HARD_BETAS]
+    found = [hard_label_share(tmp_path / str(b), b, "best_of_4", 100)[0] for b in HARD_BETAS]
     assert 0.5 < max(found) < 0.97
