@@ -19,7 +19,7 @@ from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, optimal_discrete_policy, pai
 from ctrl_dpo.theory.procedures import parse_procedure
 
 FITS = [("squared", 0.0), ("squared", 1.0), ("softmax", 0.0), ("soft_label", 0.0)]
-HARD_BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # KL of 3 nats down to under half a nat
+HARD_BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # KL of 4 nats down to 1, after 200 updates
 VOCABULARY, PROMPTS = 12, ['!"', '"#', "#!"]
 LOSSES = ("squared", "softmax", "soft_label")
 BETAS = {"single_draw": 0.15, "best_of_4": 0.15, "worst_of_4": 0.3}  # KL of 1.0, 0.6 and 0.4 nats
