@@ -113,12 +113,7 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
             "prompts must have at least one row; got 0. Check the file and its filters."
         )
     name = model if isinstance(model, (str, Path)) else None
-    if name is None and loading:
-        raise ValueError(
-            f"options of loading must be for a model given by name; got {sorted(loading)} for "
-            f"{type(model).__name__}."
-        )
-    loaded = load_policy(name, **loading) if name is not None else model
+    loaded = _loaded(model, loading)
     tokens = tokenizer or load_tokenizer(name or loaded.name_or_path)
     base, base_identity = load_reference(loaded, reference, tokens) if log_ratios else (None, None)
     ids = [prompt_tokens(tokens, prompt) for prompt in prompts[columns.PROMPT]]
@@ -130,19 +125,10 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
     if output is None:
         made = [part for _, part in drawing.run(prompts, ids, dict(enumerate(shards)))]
         return concatenate_datasets(made)
-    settings = {**chosen.settings, "batch_rows": batch_rows, "log_ratios": log_ratios}
-    # files of weights are the same in any type and number of bits
-    settings |= {"dtype": str(loaded.dtype).removeprefix("torch.")}
-    settings |= {"load_in_8bit": True} if is_in_8bit(loaded) else {}
     inputs = {"model": identity, "prompts": _prompts_hash(ids)}
-    folder = StageFolder(
-        Path(output),
-        "sample",
-        settings=settings,
-        inputs=inputs if base_identity is None else inputs | {"reference": base_identity},
-        n_shards=len(shards),
-    )
-    with folder.held():
+    inputs |= {} if base_identity is None else {"reference": base_identity}
+    settings = drawing.settings
+    with StageFolder(Path(output), "sample", settings, inputs, len(shards)).held() as folder:
         missing = {i: shards[i] for i in folder.missing_shards()}
         for index, part in drawing.run(prompts, ids, missing):
             folder.write_shard(index, part)
@@ -162,6 +148,15 @@ class _Drawing:
     log_ratios: bool
     reference: Any
     origin: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the draws besides weights and prompts."""
+        settings = {**self.sampler.settings, "batch_rows": self.batch_rows}
+        settings |= {"log_ratios": self.log_ratios}
+        # files of weights are the same in any type and number of bits
+        settings |= {"dtype": str(self.model.dtype).removeprefix("torch.")}
+        return settings | ({"load_in_8bit": True} if is_in_8bit(self.model) else {})
 
     def run(
         self, prompts: Dataset, ids: list[list[int]], shards: Mapping[int, range]
@@ -236,6 +231,18 @@ class _Drawing:
             )
         use_decode_attention(self.model)
         return made
+
+
+def _loaded(model: Any, loading: Mapping[str, Any]) -> Any:
+    """Return the policy, loaded where it was given by name."""
+    if isinstance(model, (str, Path)):
+        return load_policy(model, **loading)
+    if loading:
+        raise ValueError(
+            f"options of loading must be for a model given by name; got {sorted(loading)} for "
+            f"{type(model).__name__}."
+        )
+    return model
 
 
 def _check_unchanged(sampler: Sampler) -> None:

@@ -1,7 +1,6 @@
 """Two rewards of readable responses: one to train on, another that only judges.
 
-Both see words alone, so a policy can learn most of them from few prompts. A response without a word
-counts as one word of 20 letters.
+Both see words alone. A response without a word counts as one word of 20 letters.
 """
 
 import re

@@ -30,6 +30,9 @@ PROCEDURE = "procedure"
 TRANSFORMATION = "transformation"
 ANCHOR = "anchor"  # of the loss that labels by rank are meant for
 
+# rewards of the draws that responses are compared with: the first of these that a dataset has
+COMPARED_WITH = (REFERENCE_REWARDS, DRAW_REWARDS, REWARDS)
+
 # pairs and groups
 WEIGHT = "weight"  # of the row in the loss; 1 where there is no such column
 

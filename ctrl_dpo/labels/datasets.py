@@ -18,7 +18,6 @@ from ctrl_dpo.labels.groups import ADDED, anchor_of, relabel_batch
 logger = logging.getLogger(__name__)
 
 _LISTS = (columns.CALIBRATED_REWARDS, columns.TRANSFORMED_REWARDS)
-_OTHER_DRAWS = (columns.REFERENCE_REWARDS, columns.DRAW_REWARDS)
 _LOGPS = (columns.REFERENCE_LOGPS, columns.SAMPLER_LOGPS)
 _TEXTS = (columns.PROCEDURE, columns.TRANSFORMATION)
 
@@ -64,7 +63,7 @@ def add_calibrated(
         )
     _check_not_empty(groups)
     groups = groups.remove_columns([name for name in ADDED if name in found])
-    numbers = (columns.REWARDS, *_OTHER_DRAWS, *_LOGPS, columns.PROMPT_FEATURES)
+    numbers = (*columns.COMPARED_WITH, *_LOGPS, columns.PROMPT_FEATURES)
     table = groups.select_columns([n for n in numbers if n in found]).with_format("arrow")[:]
     responses = _count_responses(groups)
     made = calibrated_columns(table, responses, calibrator, settings["transformation"])
@@ -88,7 +87,7 @@ def _check_draws(found: list[str], method: str) -> None:
     """Raise where the method is not for the draws that the columns tell of."""
     if method == "weighted":
         check_columns(found, _LOGPS, "Weights need the log-probabilities of both policies.")
-        for name in set(_OTHER_DRAWS).intersection(found):
+        for name in {*columns.COMPARED_WITH}.difference([columns.REWARDS]).intersection(found):
             raise ValueError(
                 f"{name} must be absent for calibration='weighted', whose draws are the responses; "
                 f"got columns {sorted(found)}. Give the groups as they were drawn, or use another "
@@ -155,8 +154,7 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
     if not isinstance(groups, Dataset):
         return _add_to_stream(groups, features, settings)
     _check_not_empty(groups)
-    read = [columns.RESPONSES, columns.REWARDS]
-    read += [name for name in _OTHER_DRAWS if name in found]
+    read = [n for n in (columns.RESPONSES, *columns.COMPARED_WITH) if n in found]
     numbers = groups.select_columns(read)
     made = numbers.with_format("arrow").map(
         relabel_batch,
@@ -173,8 +171,8 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
 
 def _warn_of_few_draws(numbers: Any) -> None:
     """Warn of prompts whose responses are compared with one reference draw, or none."""
-    leasts = {columns.REFERENCE_REWARDS: 2, columns.DRAW_REWARDS: 3, columns.REWARDS: 3}
-    name, least = next((n, k) for n, k in leasts.items() if n in numbers.column_names)
+    name = next(n for n in columns.COMPARED_WITH if n in numbers.column_names)
+    least = 2 if name == columns.REFERENCE_REWARDS else 3  # a draw is not compared with itself
     table = numbers.select_columns([name]).with_format("arrow")[:]
     lengths = pc.fill_null(pc.list_value_length(table[name]), least).to_numpy()
     few = np.flatnonzero(lengths < least)

@@ -126,10 +126,9 @@ def read_reference(table: pa.Table, rewards: Ragged, indices: list[int]) -> tupl
     inside : bool
         Whether the responses are themselves among the draws.
     """
-    for name, inside in ((columns.REFERENCE_REWARDS, False), (columns.DRAW_REWARDS, True)):
-        if name in table.column_names:
-            return read_floats(table, name, indices), inside
-    return rewards, True
+    name = next(name for name in columns.COMPARED_WITH if name in table.column_names)
+    reference = rewards if name == columns.REWARDS else read_floats(table, name, indices)
+    return reference, name != columns.REFERENCE_REWARDS
 
 
 def check_drawn(rewards: Ragged, tied: IntArray, indices: list[int]) -> None:
