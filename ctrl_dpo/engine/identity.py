@@ -31,6 +31,7 @@ def model_identity(model: Any, name: str | Path | None = None, *, adapter: bool 
         ``files:SHA256``, ``hub:NAME@COMMIT`` or ``tensors:SHA256``; of an adapter and its base
         both, joined by ``+``.
     """
+    name = name or None  # a model made in memory is named "": as a path, the working directory
     if adapter and hasattr(model, "get_base_model"):
         base = model.get_base_model()
         mine = model_identity(base, name) if name is not None else f"tensors:{tensors_hash(model)}"

@@ -197,6 +197,11 @@ def load_policy(
     transformers.PreTrainedModel or peft.PeftModel
         The model in evaluation mode, with what is recorded of its reference policy
         (:func:`recorded_reference`).
+
+    Raises
+    ------
+    ValueError
+        If an adapter names no base model, as one on a model made in memory, and none is given.
     """
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -210,6 +215,11 @@ def load_policy(
         from peft import PeftConfig, PeftModel
 
         source = base or PeftConfig.from_pretrained(str(name)).base_model_name_or_path
+        if not source:
+            raise ValueError(
+                f"base_model_name_or_path in {Path(name) / ADAPTER_CONFIG} must name the adapter's "
+                f"base model; got {source!r}. Write the model's folder or hub name there."
+            )
         model = load_model(source, **loading)
         policy = PeftModel.from_pretrained(model, str(name), is_trainable=trainable).eval()
         speed_up_adapters(policy)  # the products of training: the policy drawn is the one trained

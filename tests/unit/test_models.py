@@ -6,10 +6,11 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from transformers import BloomConfig, GPT2Config
 
 from ctrl_dpo import CTRLDPOConfig
+from ctrl_dpo.engine.checks import check_tokenizer
 from ctrl_dpo.engine.demo_model import find_demo_gguf, write_demo_model
 from ctrl_dpo.engine.identity import model_identity, tensors_hash
 from ctrl_dpo.engine.int8 import linear_8bit_modules
@@ -169,6 +170,26 @@ def test_identity_follows_the_weights(tiny_model_folder, tmp_path):
     assert model_identity(same) == f"tensors:{tensors_hash(same)}"
     same.config._commit_hash = "abc"
     assert model_identity(same, "owner/model") == "hub:owner/model@abc"
+
+
+def test_a_model_without_a_name_is_not_the_working_directory(tiny_model_folder, monkeypatch):
+    monkeypatch.chdir(tiny_model_folder)
+    made = tiny_llama(seed=1)
+    assert made.name_or_path == ""
+    assert model_identity(made, "") == f"tensors:{tensors_hash(made)}"
+    adapted = get_peft_model(made, LoraConfig(r=2, target_modules=["q_proj"]))
+    mine, base = model_identity(adapted).split("+")
+    assert mine == f"tensors:{tensors_hash(adapted)}"
+    assert base == f"tensors:{tensors_hash(tiny_llama(seed=1))}"
+    check_tokenizer(tiny_tokenizer(size=100), adapted, "model")  # not those of the tokenizer here
+
+
+def test_an_adapter_on_a_model_without_a_name_is_refused(tiny_model_folder, tmp_path):
+    made = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    made.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"base_model_name_or_path in .*json must name.*got None"):
+        load_policy(tmp_path)
+    assert logits(load_policy(tmp_path, base=tiny_model_folder)).shape == (1, 8, 259)
 
 
 def test_the_demo_model_can_be_any_folder(tiny_model_folder, tmp_path, monkeypatch):
