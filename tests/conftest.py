@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import tempfile
@@ -38,6 +39,12 @@ UNCOUNTED = {
     "test_resume.py",
 }
 _CACHE = tempfile.TemporaryDirectory(prefix="ctrl_dpo_cache_")
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported for lasting: accelerate collects garbage after every run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ _PACKAGES = (
 )
 
 
+@cache
 def installed_versions() -> dict[str, str]:
     """Return the versions of the packages that decide a stage's numbers."""
     found = {}
