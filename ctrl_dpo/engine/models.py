@@ -25,6 +25,11 @@ def load_tokenizer(name: str | Path) -> Any:
     """Load the tokenizer of a model or adapter folder, or of a hub name."""
     from transformers import AutoTokenizer
 
+    if not name:
+        raise ValueError(
+            "the tokenizer (processing_class in training) must be given for a model that was made "
+            f"in memory; got one named {name!r}, which leads to no tokenizer. Give the model's."
+        )
     return AutoTokenizer.from_pretrained(str(name))
 
 

@@ -21,6 +21,7 @@ from ctrl_dpo.engine.models import (
     is_adapter,
     load_model,
     load_policy,
+    load_tokenizer,
     prepare_for_generation,
 )
 
@@ -182,6 +183,11 @@ def test_a_model_without_a_name_is_not_the_working_directory(tiny_model_folder, 
     assert mine == f"tensors:{tensors_hash(adapted)}"
     assert base == f"tensors:{tensors_hash(tiny_llama(seed=1))}"
     check_tokenizer(tiny_tokenizer(size=100), adapted, "model")  # not those of the tokenizer here
+
+
+def test_a_model_without_a_name_leads_to_no_tokenizer():
+    with pytest.raises(ValueError, match=r"in training\) must be given .* named ''"):
+        load_tokenizer(tiny_llama().name_or_path)
 
 
 def test_an_adapter_on_a_model_without_a_name_is_refused(tiny_model_folder, tmp_path):
