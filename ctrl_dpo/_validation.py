@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,12 @@ def check_integer(name: str, value: object, minimum: int, owner: str = "") -> in
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}{suffix}; got {value!r}.")
     return int(value)
+
+
+def check_source(name: str, value: str | Path | None) -> None:
+    """Raise where a name is empty, as of an unset variable: it is the working directory's."""
+    if not value:
+        raise ValueError(f"{name} must be a file, a folder or a hub name; got {value!r}. Name it.")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> str:

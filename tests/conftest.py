@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-import coverage
 import numpy as np
 import pytest
 import torch
@@ -50,14 +49,15 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Count no lines in UNCOUNTED, nor in their fixtures (`no_cover` would count those)."""
-    counting = coverage.Coverage.current()
-    if counting is None or UNCOUNTED.isdisjoint(item.path.parts):
+    plugin = item.config.pluginmanager.get_plugin("_cov")
+    counting = plugin and plugin.cov_controller
+    if not counting or UNCOUNTED.isdisjoint(item.path.relative_to(item.config.rootpath).parts):
         return (yield)
-    counting.stop()
+    counting.pause()
     try:
         return (yield)
     finally:
-        counting.start()
+        counting.resume()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -151,7 +151,7 @@ def exact_share(folder, loss: str, anchor: float, procedure: str) -> float:
 def drawn_share(folder, loss: str, form: str, procedure: str, groups: int = 192) -> float:
     """Fit labelled draws, as groups or as pairs; share of the possible objective."""
     data, batch, rate, steps = labelled(procedure, groups=groups), 8, 6e-3, 200
-    if form == "pairs":
+    if form == "pairs":  # as many of few groups as of many
         data, batch, rate, steps = pairs(data, f"random:{4800 // groups}"), 64, 8e-3, 120
     settings = {"per_device_train_batch_size": batch, "learning_rate": rate}
     return shares(fit(folder, data, steps, loss=loss, **settings), procedure)[0]

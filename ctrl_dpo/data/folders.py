@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctrl_dpo._validation import check_source
 from ctrl_dpo.data.disk import exclusive, flush
 from ctrl_dpo.data.files import read_file, read_folder
 
@@ -223,6 +224,7 @@ def read_rows(source: str | Path) -> Dataset:
     """
     import datasets
 
+    check_source("data", source)
     path = Path(source)
     record = read_record(path)
     if record:
@@ -264,6 +266,7 @@ def content_hash(source: str | Path) -> str:
     str
         ``sha256`` in hexadecimal, or ``hub:NAME`` for a data set that is not local.
     """
+    check_source("data", source)
     path = Path(source)
     recorded = read_record(path).get("content_hash")
     if recorded:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ctrl_dpo._validation import check_source
 from ctrl_dpo.data.folders import content_hash, file_hash, folder_hash, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def model_hash(source: str | Path) -> str:
         model card leave it as it is. Of a folder without weights all files. Otherwise see
         :func:`ctrl_dpo.data.folders.content_hash`.
     """
+    check_source("model", source)
     path = Path(source)
     if not path.is_dir():
         return content_hash(source)

@@ -180,8 +180,7 @@ def check_tokenizer(tokenizer: Any, model: Any, what: str) -> None:
             "Give the model's own tokenizer, or resize_token_embeddings."
         )
     folder = Path(str(model.name_or_path))
-    found = any((folder / file).is_file() for file in _TOKENIZER_FILES)
-    if not model.name_or_path or not found:
+    if not model.name_or_path or not any((folder / f).is_file() for f in _TOKENIZER_FILES):
         return
     own, used = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
     other = [token for token, i in own.items() if used.get(token) != i]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ctrl_dpo._validation import check_choice
+from ctrl_dpo._validation import check_choice, check_source
 from ctrl_dpo.engine.adapters import speed_up_adapters
 from ctrl_dpo.engine.int8 import ScaledLinear, fix_8bit_forward, linear_8bit_modules
 
@@ -206,8 +206,10 @@ def load_policy(
     Raises
     ------
     ValueError
-        If an adapter names no base model, as one on a model made in memory, and none is given.
+        If the name is empty, or an adapter names no base model, as one on a model made in memory,
+        and none is given.
     """
+    check_source("model", name)
     loading: dict[str, Any] = {
         "dtype": dtype,
         "load_in_8bit": load_in_8bit,

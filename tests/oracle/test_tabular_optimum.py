@@ -1,7 +1,8 @@
 """The central test: a language model that can be enumerated reaches the exact optimum.
 
 `python benchmarks/tabular_attainment.py` prints the figures, and fits draws as groups and as pairs
-for every loss and procedure; here each loss meets each procedure once, in groups or in pairs.
+for every loss and procedure; here each loss meets each procedure once, in groups or in pairs, of
+half as many draws.
 """
 
 from __future__ import annotations

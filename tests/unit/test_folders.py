@@ -17,6 +17,8 @@ from ctrl_dpo.data.folders import (
     read_shards,
     run_once,
 )
+from ctrl_dpo.data.hashes import model_hash
+from ctrl_dpo.engine.models import load_policy
 
 
 def rows(*values: int) -> datasets.Dataset:
@@ -195,3 +197,9 @@ def test_locks_and_parts_of_files_are_no_work(tmp_path):
     stage(tmp_path).open()
     stage(tmp_path, settings={"seed": 2}).open()
     assert read_record(tmp_path)["settings"] == {"seed": 2}
+
+
+@pytest.mark.parametrize("read", [read_rows, content_hash, model_hash, load_policy])
+def test_an_empty_name_is_not_the_working_directory(read):
+    with pytest.raises(ValueError, match="must be a file, a folder or a hub name; got ''"):
+        read("")
