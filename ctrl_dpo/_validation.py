@@ -38,7 +38,7 @@ def check_integer(name: str, value: object, minimum: int, owner: str = "") -> in
     return int(value)
 
 
-def check_source(name: str, value: str | Path | None) -> None:
+def check_source(name: str, value: str | Path) -> None:
     """Raise where a name is empty, as of an unset variable: it is the working directory's."""
     if not value:
         raise ValueError(f"{name} must be a file, a folder or a hub name; got {value!r}. Name it.")

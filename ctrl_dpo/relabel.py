@@ -143,8 +143,7 @@ def relabel(  # noqa: PLR0913 (each is a decision of the user's)
     settings = label_settings(procedure, transformation, beta, target_kl, against, estimator)
     if isinstance(settings["estimator"], RankOptimal):
         weight = check_weight("anchor", anchor)
-        compared_with = next(name for name in columns.COMPARED_WITH if name in found)
-        known = extremes is None and compared_with == columns.REWARDS
+        known = extremes is None and columns.compared_with(found) == columns.REWARDS
         settings["estimator"] = replace(settings["estimator"], anchor=weight if known else None)
     if calibration.method == "empirical":
         made = add_columns(groups, found, settings, map_options)

@@ -1,5 +1,7 @@
 """Names of the dataset columns, one place for all stages (see README, "Data format")."""
 
+from collections.abc import Container
+
 PROMPT = "prompt"
 RESPONSES = "responses"
 REWARDS = "rewards"
@@ -30,7 +32,7 @@ PROCEDURE = "procedure"
 TRANSFORMATION = "transformation"
 ANCHOR = "anchor"  # of the loss that labels by rank are meant for
 
-# rewards of the draws that responses are compared with: the first of these that a dataset has
+# rewards of the draws that responses are compared with: the first that there is, `compared_with`
 COMPARED_WITH = (REFERENCE_REWARDS, DRAW_REWARDS, REWARDS)
 
 # pairs and groups
@@ -83,3 +85,8 @@ MEANINGS = {
     REJECTED: "response with the smaller transformed reward",
     MARGIN: "difference of the transformed rewards",
 }
+
+
+def compared_with(found: Container[str]) -> str:
+    """Return the column of the rewards that responses are compared with, of the columns found."""
+    return next(name for name in COMPARED_WITH if name in found)

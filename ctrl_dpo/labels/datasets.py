@@ -87,7 +87,8 @@ def _check_draws(found: list[str], method: str) -> None:
     """Raise where the method is not for the draws that the columns tell of."""
     if method == "weighted":
         check_columns(found, _LOGPS, "Weights need the log-probabilities of both policies.")
-        for name in {*columns.COMPARED_WITH}.difference([columns.REWARDS]).intersection(found):
+        name = columns.compared_with(found)
+        if name != columns.REWARDS:
             raise ValueError(
                 f"{name} must be absent for calibration='weighted', whose draws are the responses; "
                 f"got columns {sorted(found)}. Give the groups as they were drawn, or use another "
@@ -171,7 +172,7 @@ def add_columns(groups: Any, found: list[str], settings: dict[str, Any], options
 
 def _warn_of_few_draws(numbers: Any) -> None:
     """Warn of prompts whose responses are compared with one reference draw, or none."""
-    name = next(n for n in columns.COMPARED_WITH if n in numbers.column_names)
+    name = columns.compared_with(numbers.column_names)
     least = 2 if name == columns.REFERENCE_REWARDS else 3  # a draw is not compared with itself
     table = numbers.select_columns([name]).with_format("arrow")[:]
     lengths = pc.fill_null(pc.list_value_length(table[name]), least).to_numpy()

@@ -126,7 +126,7 @@ def read_reference(table: pa.Table, rewards: Ragged, indices: list[int]) -> tupl
     inside : bool
         Whether the responses are themselves among the draws.
     """
-    name = next(name for name in columns.COMPARED_WITH if name in table.column_names)
+    name = columns.compared_with(table.column_names)
     reference = rewards if name == columns.REWARDS else read_floats(table, name, indices)
     return reference, name != columns.REFERENCE_REWARDS
 

@@ -207,7 +207,7 @@ def _margins(
 
 def _held_out(some: Dataset, method: str) -> tuple[CalibrationError, FloatArray] | None:
     """Return the calibration error on the reference draws of some groups."""
-    name = next(n for n in columns.COMPARED_WITH if n in some.column_names)
+    name = columns.compared_with(some.column_names)
     weights, features = None, None
     if method == "weighted":
         # of extremes the draws are known, but not the weights of those left out
