@@ -114,8 +114,14 @@ class Experiment:
 
 
 def read_experiment(path: str | Path, quick: bool = False) -> Experiment:
-    """Read an experiment; its section ``quick`` replaces settings if asked for."""
+    """Read an experiment; its section ``quick`` replaces settings if asked for.
+
+    A file that names a ``base`` beside it sets what it changes of that one.
+    """
     loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if base := loaded.pop("base", None):
+        whole = yaml.safe_load((Path(path).parent / base).read_text(encoding="utf-8"))
+        loaded = {**whole, **loaded}
     changes = loaded.pop("quick", {})
     settings = {**loaded, **(changes if quick else {})}
     known = {f.name for f in dataclasses.fields(Experiment)}
