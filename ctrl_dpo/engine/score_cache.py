@@ -18,7 +18,7 @@ class ScoreCache:
 
     A process that dies leaves at most one incomplete last line, which is ignored; the next writer
     starts on a new line. One file may hold the scores of several rewards, since the identity of the
-    reward is a part of the key.
+    reward is a part of the key, and several processes may append to it.
 
     Parameters
     ----------

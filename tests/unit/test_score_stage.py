@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
@@ -90,6 +91,34 @@ def test_scores_survive_the_file_exactly(tmp_path):
         store.add({store.key("p", str(v)): v for v in values})
     again = ScoreCache(cache, "reward")
     assert [again[again.key("p", str(v))] for v in values] == values
+
+
+def test_processes_that_share_a_cache_do_not_cut_each_others_lines(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    write = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from ctrl_dpo.engine.score_cache import ScoreCache\n"
+        "with ScoreCache(Path(sys.argv[1]), 'reward') as store:\n"
+        "    print(flush=True)\n"
+        "    input()\n"
+        "    for i in range(100):\n"
+        "        store.add({f'{sys.argv[2]} {i} {j}': 0.5 for j in range(500)})\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    words = [sys.executable, "-c", write, str(path)]
+    with contextlib.ExitStack() as stack:
+        opened = [subprocess.Popen([*words, name], **pipes) for name in "ab"]
+        writers = [stack.enter_context(process) for process in opened]
+        for writer in writers:
+            writer.stdout.readline()
+        for writer in writers:  # both have opened it: they write at the same time
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert len(path.read_text().splitlines()) == 100_000
+    found = ScoreCache(path, "reward")
+    assert all(f"{name} {i} {j}" in found for name in "ab" for i in range(100) for j in range(500))
 
 
 def test_only_new_responses_are_scored(tmp_path):

@@ -1,0 +1,72 @@
+"""Shape of learned log-ratios: closed forms, and drawn groups against the sums of the model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import ctrl_dpo
+from ctrl_dpo.theory.procedures import parse_procedure
+
+BENCHMARKS = str(Path(ctrl_dpo.__file__).parent.parent / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def learned_shape():
+    sys.path.insert(0, BENCHMARKS)
+    import learned_shape
+
+    yield learned_shape
+    sys.path.remove(BENCHMARKS)
+
+
+def test_polynomials_are_orthonormal_and_rise_with_the_reward(learned_shape):
+    bases = learned_shape.polynomials(np.arange(1.0, 17))
+    np.testing.assert_allclose(bases @ bases.T / 16, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(bases.sum(axis=1), 0, atol=1e-12)
+    assert np.all(np.diff(bases[0]) > 0)
+    # a normal variable's own, (z^2 - 1) / sqrt 2 and (z^3 - 3z) / sqrt 6, as draws become many
+    many = learned_shape.polynomials(np.arange(1.0, 200_001))
+    z = stats.norm.ppf((np.arange(1, 200_001) - 0.5) / 200_000)
+    hermite = np.stack((z, (z**2 - 1) / np.sqrt(2), (z**3 - 3 * z) / np.sqrt(6)))
+    np.testing.assert_allclose(np.square(many - hermite).mean(axis=1), 0, atol=1e-3)
+
+
+def test_a_policy_that_is_a_polynomial_of_the_ranks_is_read_off(learned_shape):
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(8, 16))
+    one, two, three = learned_shape.polynomials(stats.rankdata(rewards, axis=1))
+    found = learned_shape.measured(1.5 * one - 0.3 * two + 0.6 * three + 7.0, rewards)
+    assert found["bend"] == pytest.approx(-0.2)
+    assert found["flattening"] == pytest.approx(0.4)
+    assert found["share"] == pytest.approx(2.25 / (2.25 + 0.09 + 0.36), abs=1e-4)
+    assert found["share_low"] == found["share_high"] == found["share"]
+    for name in learned_shape.NUMBERS:
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+
+
+@pytest.mark.parametrize(
+    ("method", "procedure"),
+    [("optimal", "best_of_4"), ("rebel", "worst_of_4"), ("dpo", "best_of_4")],
+)
+def test_what_is_read_off_draws_is_what_the_model_sums(learned_shape, method, procedure):
+    seen, draws, rng = 0.4, 16, np.random.default_rng(1)
+    from partial_fit import GRID, KL, PartialView, population_fits
+
+    view = PartialView(seen, parse_procedure(procedure))
+    fit = max(population_fits(method, view), key=lambda f: view.win_rate(view.paying(f, KL)))
+    feature = rng.normal(size=(3000, draws))
+    rewards = np.sqrt(seen) * feature + np.sqrt(1 - seen) * rng.normal(size=feature.shape)
+    found = learned_shape.measured(np.interp(feature, GRID, fit), rewards)
+    model = learned_shape.modelled(method, procedure, seen, draws)
+    # within-prompt centring takes 1 / 16 of the variance: moments of the model are of all draws
+    for name in ("bend", "flattening"):
+        width = found[f"{name}_high"] - found[f"{name}_low"]
+        assert abs(found[name] - model[name]) < width, name
+    assert found["share"] * (draws - 1) / draws == pytest.approx(model["share"], rel=0.02)
+    assert found["skewness"] == pytest.approx(model["skewness"], abs=0.05)
+    assert found["kurtosis"] == pytest.approx(model["kurtosis"], rel=0.15)
