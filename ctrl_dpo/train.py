@@ -98,7 +98,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         self.beta = resolve_beta(data, args)
         self.procedure = resolve_procedure(data, args)
         name = model if isinstance(model, (str, Path)) else None
-        tokenizer = processing_class or load_tokenizer(name or model.name_or_path)
+        tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
         parts = {k: labelled(part, args) for k, part in _by_name(eval_dataset).items()}
         evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}

@@ -265,6 +265,12 @@ def test_8_bits_that_are_not_there_or_cannot_be_trained_are_refused(tiny_model_f
         build(tmp_path, trained(tiny_llama()), peft_config=lora())
 
 
+def test_a_tokenizer_that_nothing_names_must_be_given(tmp_path):
+    for model in ("", tiny_llama()):
+        with pytest.raises(ValueError, match=r"in training\) must be given .* named ''"):
+            CTRLDPOTrainer(model, CTRLDPOConfig(str(tmp_path), report_to="none"), labels())
+
+
 def test_an_adapter_that_cannot_be_trained_is_named(tiny_model_folder, tmp_path):
     trained(tiny_llama()).save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")
