@@ -9,7 +9,8 @@ along the second and third orthogonal polynomial of the ranks' normal scores, in
 the first (0 for a policy that tilts by a straight line), `share` is the squared correlation with
 the first. `skewness` and `kurtosis` (0 and 3 if normal) are of the log-ratios themselves. The same
 is computed for what each loss tends to in the model of `partial_fit.py`, where a share r2 is
-learned. Log-ratios are kept beside the policy, so that a second run computes none.
+learned, and for a straight line there, with win rates at 1 nat; those of policies are at the KL
+they pay. Log-ratios are kept beside the policy, so that a second run computes none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from datasets import Dataset
 from experiment.cells import Bench
 from experiment.settings import Cell, read_experiment
 from numpy.typing import NDArray
-from partial_fit import KL, METHODS, PartialView, order_statistic, population_fits
+from partial_fit import GRID, KL, METHODS, PartialView, order_statistic, population_fits
 from recording import circumstances, merge_rows
 from scipy import stats
 
@@ -43,6 +44,7 @@ from ctrl_dpo.theory.procedures import parse_procedure
 
 FloatArray = NDArray[np.float64]
 SHARES = (0.2, 0.35, 0.5)
+STRAIGHT = "straight"  # log-ratios that are the feature itself
 NUMBERS = ("bend", "flattening", "share", "skewness", "kurtosis")
 _KEY = ("task", "source", "method", "strength", "seed", "share_seen")
 
@@ -120,7 +122,7 @@ def measured(log_ratio: FloatArray, rewards: FloatArray) -> dict[str, object]:
 def modelled(method: str, procedure: str, seen: float, draws: int) -> dict[str, object]:
     """Return the same of what a loss tends to, where a share of the reward is seen."""
     view = PartialView(seen, parse_procedure(procedure))
-    fits = population_fits(method, view)
+    fits = [GRID] if method == STRAIGHT else population_fits(method, view)
     fit = max(fits, key=lambda f: view.win_rate(view.paying(f, KL)))
     fit = fit - view.q @ fit
     by_rank = [order_statistic(view, r) @ view.features @ fit for r in range(1, draws + 1)]
@@ -128,6 +130,7 @@ def modelled(method: str, procedure: str, seen: float, draws: int) -> dict[str, 
     straight, bent, third = (bases * np.array(by_rank)).mean(axis=-1)
     variance, cubes, fourths = (view.q @ fit**power for power in (2, 3, 4))
     found = {
+        "win_rate": view.win_rate(view.paying(fit, KL)),
         "bend": bent / straight,
         "flattening": third / straight,
         "share": straight**2 / variance,
@@ -148,9 +151,10 @@ def rows(bench: Bench) -> list[Mapping[str, Any]]:
         if cell.ablation == "main":
             base = {"method": cell.method, "strength": cell.strength, "seed": cell.seed}
             shape = measured(log_ratios(bench, cell, reference), rewards)
-            found.append({"source": "policy", **base, "share_seen": "", **shape})
+            rate = round(record["training"]["win_rates"][experiment.procedure]["value"], 4)
+            found.append({"source": "policy", **base, "share_seen": "", "win_rate": rate, **shape})
             print(cell.name, shape, flush=True)
-    for method in METHODS:
+    for method in (*METHODS, STRAIGHT):
         for seen in SHARES:
             shape = modelled(method, experiment.procedure, seen, experiment.draws)
             base = {"source": "model", "method": method, "strength": "", "seed": ""}
@@ -170,7 +174,7 @@ def main() -> None:
     name = f"{experiment.task}_quick" if args.quick else experiment.task
     found = rows(Bench(experiment, args.model, args.runs, name))
     merge_rows("learned_shape", found, _KEY)
-    shown = ("source", "method", "strength", "seed", "share_seen", *NUMBERS)
+    shown = ("source", "method", "strength", "seed", "share_seen", "win_rate", *NUMBERS)
     print(table(list(shown), [[str(row[k]) for k in shown] for row in found]))
 
 

@@ -70,3 +70,14 @@ def test_what_is_read_off_draws_is_what_the_model_sums(learned_shape, method, pr
     assert found["share"] * (draws - 1) / draws == pytest.approx(model["share"], rel=0.02)
     assert found["skewness"] == pytest.approx(model["skewness"], abs=0.05)
     assert found["kurtosis"] == pytest.approx(model["kurtosis"], rel=0.15)
+
+
+@pytest.mark.parametrize("procedure", ["best_of_4", "worst_of_4"])
+def test_a_straight_line_is_a_shift_of_a_normal_reward(learned_shape, procedure):
+    found = learned_shape.modelled(learned_shape.STRAIGHT, procedure, 0.35, 16)
+    assert (found["bend"], found["skewness"], found["kurtosis"]) == pytest.approx((0, 0, 3))
+    # a nat shifts the feature by sqrt 2, the reward by sqrt(2 r2)
+    mine, its = np.random.default_rng(0).normal(size=(2, 4, 400_000))
+    served = np.max if procedure == "best_of_4" else np.min
+    wins = served(mine + np.sqrt(0.7), axis=0) > served(its, axis=0)
+    assert found["win_rate"] == pytest.approx(wins.mean(), abs=0.003)
