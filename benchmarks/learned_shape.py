@@ -82,19 +82,25 @@ def kurtosis(fourth: FloatArray, variance: FloatArray, axis: int = -1) -> FloatA
     return np.asarray(fourth.mean(axis=axis) / variance.mean(axis=axis) ** 2)
 
 
-def log_ratios(bench: Bench, cell: Cell, reference: Dataset) -> FloatArray:
+def log_ratios(policy: Any, tokenizer: Any, reference: Dataset) -> FloatArray:
     """Return a policy's log-ratios of the reference policy's draws, ``(prompts, draws)``."""
+    found = []
+    for row in reference:
+        ids = prompt_tokens(tokenizer, row["prompt"])
+        batch = collate([{"prompt_ids": ids, "response_ids": row[columns.RESPONSE_IDS]}])
+        with torch.no_grad():
+            logps = response_logps(policy, batch).double().numpy()
+        found.append(logps - np.array(row[columns.SAMPLER_LOGPS]))
+    return np.array(found)
+
+
+def kept_log_ratios(bench: Bench, cell: Cell, reference: Dataset) -> FloatArray:
+    """Return the log-ratios of a cell's policy, computed once."""
     folder = bench.folder / "cells" / cell.name
     kept = folder / "reference_log_ratios.json"
     if not kept.exists():
         policy = load_policy(folder / "adapter", load_in_8bit=bench.experiment.load_in_8bit).eval()
-        found = []
-        for row in reference:
-            ids = prompt_tokens(bench.tokenizer, row["prompt"])
-            batch = collate([{"prompt_ids": ids, "response_ids": row[columns.RESPONSE_IDS]}])
-            with torch.no_grad():
-                logps = response_logps(policy, batch).double().numpy()
-            found.append((logps - np.array(row[columns.SAMPLER_LOGPS])).tolist())
+        found = log_ratios(policy, bench.tokenizer, reference).tolist()
         write_atomically(kept, (json.dumps(found) + "\n").encode("utf-8"))
     return np.array(json.loads(kept.read_text(encoding="utf-8")))
 
@@ -150,7 +156,7 @@ def rows(bench: Bench) -> list[Mapping[str, Any]]:
         cell = Cell(**{**record["cell"], "changes": ()})
         if cell.ablation == "main":
             base = {"method": cell.method, "strength": cell.strength, "seed": cell.seed}
-            shape = measured(log_ratios(bench, cell, reference), rewards)
+            shape = measured(kept_log_ratios(bench, cell, reference), rewards)
             rate = round(record["training"]["win_rates"][experiment.procedure]["value"], 4)
             found.append({"source": "policy", **base, "share_seen": "", "win_rate": rate, **shape})
             print(cell.name, shape, flush=True)
