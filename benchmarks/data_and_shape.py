@@ -50,7 +50,7 @@ NAME = "data_and_shape"
 KL = 1.0
 LETTERS, PROMPT, RESPONSE, DRAWS = 32, 4, 8, 16
 PROCEDURE = "worst_of_4"
-GROUPS = (256, 1024, 4096)
+GROUPS = (64, 1024, 4096)
 PROMPTS, FRESH = 256, 32  # held out, draws of each
 SETTINGS = {  # budget in nats or beta, and learning rate
     "optimal": ((0.15, 1e-3), (0.25, 1e-3), (0.4, 1e-3)),
