@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 import ctrl_dpo
@@ -61,6 +63,19 @@ def test_every_experiment_builds_and_names_its_cells_once(path, quick, monkeypat
         assert len(experiment.seeds) == 3
     for cell in cells:
         experiment.changed(cell)
+
+
+def test_an_experiment_with_a_base_changes_what_it_names_and_no_more(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES.parent / "benchmarks"))
+    from experiment.settings import read_experiment
+
+    folder = RECIPES / "configs"
+    base, other = (
+        dataclasses.asdict(read_experiment(folder / f"headline_{name}.yaml"))
+        for name in ("harmless", "harmless_512")
+    )
+    named = set(yaml.safe_load((folder / "headline_harmless_512.yaml").read_text()))
+    assert {name for name in base if base[name] != other[name]} == named - {"base", "quick"}
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
