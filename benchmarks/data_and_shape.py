@@ -55,7 +55,7 @@ PROMPTS, FRESH = 256, 32  # held out, draws of each
 SETTINGS = {  # budget in nats or beta, and learning rate
     "optimal": ((0.15, 1e-3), (0.25, 1e-3), (0.4, 1e-3)),
     "dpo": ((4.0, 1.5e-4), (4.0, 3e-4), (4.0, 5e-4), (4.0, 7e-4)),
-    "rebel": ((1.4, 1e-3), (1.0, 1e-3), (0.7, 1e-3), (0.5, 1e-3)),
+    "rebel": ((1.4, 1e-3), (1.0, 1e-3), (0.7, 1e-3), (0.6, 1e-3), (0.5, 1e-3)),
 }
 _KEY = ("groups", "method", "strength", "rate", "seed")
 Record = dict[str, Any]
