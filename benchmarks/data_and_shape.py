@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from experiment.learned import learned_share
 from experiment.methods import METHODS
 from experiment.settings import Experiment
 from learned_shape import NUMBERS, log_ratios, measured
@@ -198,10 +197,9 @@ def comparison(found: Sequence[Record]) -> str:
         for method, curve in of.items():
             own = win_rate_at_kl(curve, KL, PROCEDURE)
             less = difference_at_kl(of["optimal"], curve, KL, PROCEDURE)
-            share = learned_share([curve], PROCEDURE)
             shown = [cell(own, "{:.1%}"), "" if method == "optimal" else cell(less, "{:+.1%}")]
-            rows.append([str(count), method, *shown, cell(share, "{:.2f}")])
-    header = ["groups", "method", f"at {KL:g} nat", "optimal minus it", "learned share"]
+            rows.append([str(count), method, *shown])
+    header = ["groups", "method", f"at {KL:g} nat", "optimal minus it"]
     return table(header, rows)
 
 
