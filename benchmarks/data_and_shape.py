@@ -22,6 +22,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from experiment.methods import METHODS
+from experiment.results import curve_of
 from experiment.settings import Experiment
 from learned_shape import NUMBERS, log_ratios, measured
 from recording import circumstances, merge_rows
@@ -82,16 +84,21 @@ def policy() -> Any:
     return tiny_llama(seed=5, vocab_size=LETTERS, hidden_size=64, initializer_range=0.07)
 
 
+@functools.cache
+def tokenizer() -> Any:
+    """Return a tokenizer of one token a letter."""
+    return tiny_tokenizer(chat_template=None, size=LETTERS)
+
+
 def drawn(
     model: Any, n_prompts: int, draws: int, prompts: int, seed: int, **options: Any
 ) -> Dataset:
     """Draw responses to random prompts, each of a seed, and add their rewards."""
-    tokenizer = tiny_tokenizer(chat_template=None, size=LETTERS)
-    letters = np.array(tokenizer.convert_ids_to_tokens(range(3, LETTERS)))
+    letters = np.array(tokenizer().convert_ids_to_tokens(range(3, LETTERS)))
     chosen = np.random.default_rng(prompts).integers(len(letters), size=(n_prompts, PROMPT))
     rows = Dataset.from_dict({"prompt": ["".join(letters[row]) for row in chosen]})
     sampler = Sampler(draws, RESPONSE, seed=seed)
-    found = sample(rows, model, sampler, tokenizer=tokenizer, batch_rows=4096, **options)
+    found = sample(rows, model, sampler, tokenizer=tokenizer(), batch_rows=4096, **options)
     rewards = [[float(WORTH[ids].sum()) for ids in row] for row in found["response_ids"]]
     return found.add_column("rewards", rewards)
 
@@ -141,8 +148,8 @@ def train(cell: Cell) -> Any:
             disable_tqdm=True,
             **job.config,
         )
-        model, tokenizer = policy(), tiny_tokenizer(chat_template=None, size=LETTERS)
-        options = {"processing_class": tokenizer, "ref_model": policy()}
+        model = policy()
+        options = {"processing_class": tokenizer(), "ref_model": policy()}
         job.trainer(model, args, job.data, **options).train()
     return model.eval()
 
@@ -154,8 +161,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     fresh = drawn(model, PROMPTS, FRESH, prompts=1, seed=1000 + cell.seed, **options)
     record = evaluate(fresh, reference, name=cell.method, procedures=(PROCEDURE,))
     rate, kl = record["win_rates"][PROCEDURE], record["kl"]
-    tokenizer = tiny_tokenizer(chat_template=None, size=LETTERS)
-    shape = measured(log_ratios(model, tokenizer, reference), np.array(reference["rewards"]))
+    shape = measured(log_ratios(model, tokenizer(), reference), np.array(reference["rewards"]))
     row = {
         **dataclasses.asdict(cell),
         "kl": round(kl["value"], 4),
@@ -175,18 +181,13 @@ def cells(sizes: Sequence[int], seeds: Sequence[int]) -> Iterator[Cell]:
 
 def curves(found: Sequence[Record], count: int) -> dict[str, Curve]:
     """Return each method's curve of one number of groups; seeds of a setting are averaged."""
-    points: dict[str, dict[tuple[float, float], list[Any]]] = {}
+    points: dict[str, dict[tuple[float, float], list[Any]]] = defaultdict(lambda: defaultdict(list))
     for record in found:
         row = record["row"]
         if row["groups"] == count:
-            settings = points.setdefault(row["method"], {})
-            key = (row["strength"], row["rate"])
-            settings.setdefault(key, []).append((record["kls"], record["win_rates"]))
-    means = {
-        method: np.array([np.mean(seeds, axis=0) for seeds in settings.values()])
-        for method, settings in points.items()
-    }
-    return {method: Curve(each[:, 0], each[:, 1]) for method, each in means.items()}
+            setting = row["strength"], row["rate"]
+            points[row["method"]][setting].append((record["kls"], record["win_rates"]))
+    return {method: curve_of(settings) for method, settings in points.items()}
 
 
 def comparison(found: Sequence[Record]) -> str:

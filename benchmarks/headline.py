@@ -17,9 +17,8 @@ import argparse
 import dataclasses
 import sys
 import time
-from pathlib import Path
 
-from experiment.cells import Bench
+from experiment.cells import Bench, add_options, open_bench
 from experiment.results import (
     cell_rows,
     comparison,
@@ -29,7 +28,7 @@ from experiment.results import (
     learned,
     policies,
 )
-from experiment.settings import Cell, Experiment, read_experiment
+from experiment.settings import Cell, Experiment
 from recording import RESULTS, circumstances, merge_rows
 
 from ctrl_dpo._validation import check_choice
@@ -88,10 +87,7 @@ def choose(experiment: Experiment, args: argparse.Namespace) -> list[Cell]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment", type=Path)
-    parser.add_argument("--model", default="runs/quickstart/model")
-    parser.add_argument("--runs", type=Path, default=Path("runs/headline"))
-    parser.add_argument("--quick", action="store_true")
+    add_options(parser)
     parser.add_argument("--others", action="store_true", help="also the file's `others`")
     parser.add_argument("--only", help="ablation to run: main, anchor, ...; all by default")
     parser.add_argument("--methods", nargs="*", help="only these methods")
@@ -100,14 +96,11 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="only say what is done")
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
-    sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # rewards that are functions
-    experiment = read_experiment(args.experiment, args.quick)
-    name = f"{experiment.task}_quick" if args.quick else experiment.task
-    chosen = choose(experiment, args)
-    bench = Bench(experiment, args.model, args.runs, name)
+    bench = open_bench(args)
+    chosen = choose(bench.experiment, args)
     folders = {cell: bench.folder / "cells" / cell.name for cell in chosen}
     left = [c for c, path in folders.items() if not read_record(path).get("complete")]
-    print(f"{name}: {len(chosen) - len(left)} of {len(chosen)} cells done", flush=True)
+    print(f"{bench.folder.name}: {len(chosen) - len(left)} of {len(chosen)} cells done", flush=True)
     if args.list:
         print("".join(f"{'open' if c in left else 'done'} {c.name}\n" for c in chosen), end="")
         return

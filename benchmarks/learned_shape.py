@@ -17,16 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from experiment.cells import Bench
-from experiment.settings import Cell, read_experiment
+from experiment.cells import Bench, add_options, open_bench
+from experiment.settings import Cell
 from numpy.typing import NDArray
 from partial_fit import GRID, KL, METHODS, PartialView, order_statistic, population_fits
 from recording import circumstances, merge_rows
@@ -35,9 +32,8 @@ from scipy import stats
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.folders import write_atomically
 from ctrl_dpo.data.tokens import prompt_tokens
-from ctrl_dpo.engine.batches import collate
-from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.models import load_policy
+from ctrl_dpo.engine.reference import compute_rows
 from ctrl_dpo.measures.estimates import bootstrap_interval
 from ctrl_dpo.measures.tables import table
 from ctrl_dpo.theory.procedures import parse_procedure
@@ -45,6 +41,7 @@ from ctrl_dpo.theory.procedures import parse_procedure
 FloatArray = NDArray[np.float64]
 SHARES = (0.2, 0.35, 0.5)
 STRAIGHT = "straight"  # log-ratios that are the feature itself
+TOKENS = 2048  # of a forward pass
 NUMBERS = ("bend", "flattening", "share", "skewness", "kurtosis")
 _KEY = ("task", "source", "method", "strength", "seed", "share_seen")
 
@@ -84,14 +81,15 @@ def kurtosis(fourth: FloatArray, variance: FloatArray, axis: int = -1) -> FloatA
 
 def log_ratios(policy: Any, tokenizer: Any, reference: Dataset) -> FloatArray:
     """Return a policy's log-ratios of the reference policy's draws, ``(prompts, draws)``."""
-    found = []
-    for row in reference:
-        ids = prompt_tokens(tokenizer, row["prompt"])
-        batch = collate([{"prompt_ids": ids, "response_ids": row[columns.RESPONSE_IDS]}])
-        with torch.no_grad():
-            logps = response_logps(policy, batch).double().numpy()
-        found.append(logps - np.array(row[columns.SAMPLER_LOGPS]))
-    return np.array(found)
+    drawn = reference.to_list()
+    prompts = [prompt_tokens(tokenizer, row["prompt"]) for row in drawn]
+    asked = [
+        {"prompt_ids": prompt, "response_ids": row[columns.RESPONSE_IDS]}
+        for prompt, row in zip(prompts, drawn, strict=True)
+    ]
+    found = dict(compute_rows(policy, asked, TOKENS, share=True))
+    logps = np.array([found[place] for place in range(len(drawn))])
+    return logps - np.array([row[columns.SAMPLER_LOGPS] for row in drawn])
 
 
 def kept_log_ratios(bench: Bench, cell: Cell, reference: Dataset) -> FloatArray:
@@ -129,14 +127,14 @@ def modelled(method: str, procedure: str, seen: float, draws: int) -> dict[str, 
     """Return the same of what a loss tends to, where a share of the reward is seen."""
     view = PartialView(seen, parse_procedure(procedure))
     fits = [GRID] if method == STRAIGHT else population_fits(method, view)
-    fit = max(fits, key=lambda f: view.win_rate(view.paying(f, KL)))
+    fit = view.best_fit(fits, KL)
     fit = fit - view.q @ fit
     by_rank = [order_statistic(view, r) @ view.features @ fit for r in range(1, draws + 1)]
     bases = polynomials(np.arange(1.0, draws + 1))
     straight, bent, third = (bases * np.array(by_rank)).mean(axis=-1)
     variance, cubes, fourths = (view.q @ fit**power for power in (2, 3, 4))
     found = {
-        "win_rate": view.win_rate(view.paying(fit, KL)),
+        "win_rate": view.best([fit], KL),
         "bend": bent / straight,
         "flattening": third / straight,
         "share": straight**2 / variance,
@@ -170,15 +168,8 @@ def rows(bench: Bench) -> list[Mapping[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("experiment", type=Path)
-    parser.add_argument("--model", default="runs/quickstart/model")
-    parser.add_argument("--runs", type=Path, default=Path("runs/headline"))
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    sys.path.append(str(Path(__file__).parents[1] / "recipes"))  # rewards that are functions
-    experiment = read_experiment(args.experiment, args.quick)
-    name = f"{experiment.task}_quick" if args.quick else experiment.task
-    found = rows(Bench(experiment, args.model, args.runs, name))
+    add_options(parser)
+    found = rows(open_bench(parser.parse_args()))
     merge_rows("learned_shape", found, _KEY)
     shown = ("source", "method", "strength", "seed", "share_seen", "win_rate", *NUMBERS)
     print(table(list(shown), [[str(row[k]) for k in shown] for row in found]))

@@ -87,7 +87,11 @@ class PartialView:
 
     def best(self, fits: list[FloatArray], kl: float) -> float:
         """Return the largest win rate that one of the log-ratios reaches within a KL."""
-        return max(self.win_rate(self.paying(fit, kl)) for fit in fits)
+        return self.win_rate(self.paying(self.best_fit(fits, kl), kl))
+
+    def best_fit(self, fits: list[FloatArray], kl: float) -> FloatArray:
+        """Return the log-ratio that wins most within a KL."""
+        return max(fits, key=lambda fit: self.win_rate(self.paying(fit, kl)))
 
     def bound(self, kl: float, start: FloatArray = GRID) -> float:
         """Return the largest win rate of a KL: linearise, solve on the KL ball, search the line."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import sys
 import tempfile
 import threading
 
@@ -71,6 +72,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         from pytest_socket import disable_socket
 
         disable_socket(allow_unix_socket=True)
+
+
+@pytest.fixture(scope="module")
+def benchmarks() -> Iterator[Path]:
+    """Put the benchmarks on the path."""
+    folder = Path(__file__).parent.parent / "benchmarks"
+    sys.path.insert(0, str(folder))
+    yield folder
+    sys.path.remove(str(folder))
 
 
 @pytest.fixture(params=[0], ids=lambda seed: f"seed{seed}")

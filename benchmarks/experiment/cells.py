@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -24,7 +25,7 @@ from ctrl_dpo.sample import sample
 from ctrl_dpo.score import score
 from experiment.data import prompts, source, source_name, write_once
 from experiment.methods import METHODS, Job
-from experiment.settings import Cell, Experiment
+from experiment.settings import Cell, Experiment, read_experiment
 
 _RECORD, _TRAINED, _REWARD = "record.json", "trained.json", "reward_model.json"
 JUDGES = ("training", "judging")  # the reward models: what is trained on, what only judges
@@ -215,3 +216,19 @@ class Bench:
             )
             for judge in JUDGES
         }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which experiment is meant, of which model and where."""
+    parser.add_argument("experiment", type=Path)
+    parser.add_argument("--model", default="runs/quickstart/model")
+    parser.add_argument("--runs", type=Path, default=Path("runs/headline"))
+    parser.add_argument("--quick", action="store_true")
+
+
+def open_bench(args: argparse.Namespace) -> Bench:
+    """Open the experiment that the options name."""
+    sys.path.append(str(_RECIPE.parent))  # rewards that are functions
+    experiment = read_experiment(args.experiment, args.quick)
+    name = f"{experiment.task}_quick" if args.quick else experiment.task
+    return Bench(experiment, args.model, args.runs, name)

@@ -106,11 +106,13 @@ def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, C
         if cell["ablation"] == "main":
             found = _per_prompt(record, judge, procedure)
             points[cell["method"]][cell["strength"]].append(found)
-    made = {}
-    for method, strengths in points.items():
-        means = np.array([np.mean(seeds, axis=0) for _, seeds in sorted(strengths.items())])
-        made[method] = Curve(means[:, 0], means[:, 1])
-    return made
+    return {method: curve_of(strengths) for method, strengths in points.items()}
+
+
+def curve_of(settings: Mapping[Any, Sequence[Any]]) -> Curve:
+    """Return the curve through a method's settings, each a list of KLs and win rates by seed."""
+    means = np.array([np.mean(seeds, axis=0) for _, seeds in sorted(settings.items())])
+    return Curve(means[:, 0], means[:, 1])
 
 
 def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -33,15 +33,13 @@ def length(prompts, responses):
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """Put benchmarks and a reward on the path."""
+def parts(tmp_path_factory, benchmarks):
+    """Put a reward on the path, beside the benchmarks."""
     folder = tmp_path_factory.mktemp("headline")
     (folder / "rewards_of_headline.py").write_text(REWARD)
-    added = [str(RECIPES.parent / "benchmarks"), str(folder)]
-    sys.path[:0] = added
+    sys.path.insert(0, str(folder))
     yield folder
-    for entry in added:
-        sys.path.remove(entry)
+    sys.path.remove(str(folder))
 
 
 @pytest.fixture(scope="module")

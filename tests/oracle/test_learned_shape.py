@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import stats
 
-import ctrl_dpo
 from ctrl_dpo.theory.procedures import parse_procedure
-
-BENCHMARKS = str(Path(ctrl_dpo.__file__).parent.parent / "benchmarks")
 
 
 @pytest.fixture(scope="module")
-def learned_shape():
-    sys.path.insert(0, BENCHMARKS)
+def learned_shape(benchmarks):
     import learned_shape
 
-    yield learned_shape
-    sys.path.remove(BENCHMARKS)
+    return learned_shape
 
 
 def test_polynomials_are_orthonormal_and_rise_with_the_reward(learned_shape):
@@ -58,7 +50,7 @@ def test_what_is_read_off_draws_is_what_the_model_sums(learned_shape, method, pr
     from partial_fit import GRID, KL, PartialView, population_fits
 
     view = PartialView(seen, parse_procedure(procedure))
-    fit = max(population_fits(method, view), key=lambda f: view.win_rate(view.paying(f, KL)))
+    fit = view.best_fit(population_fits(method, view), KL)
     feature = rng.normal(size=(3000, draws))
     rewards = np.sqrt(seen) * feature + np.sqrt(1 - seen) * rng.normal(size=feature.shape)
     found = learned_shape.measured(np.interp(feature, GRID, fit), rewards)

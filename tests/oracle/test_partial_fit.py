@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from scipy import integrate, optimize, special, stats
 
-import ctrl_dpo
 from ctrl_dpo import match_kl
 from ctrl_dpo.theory.optimum import optimal_policy
 from ctrl_dpo.theory.procedures import parse_procedure
 
-BENCHMARKS = str(Path(ctrl_dpo.__file__).parent.parent / "benchmarks")
-
 
 @pytest.fixture(scope="module")
-def partial_fit():
-    sys.path.insert(0, BENCHMARKS)
+def partial_fit(benchmarks):
     import partial_fit
 
-    yield partial_fit
-    sys.path.remove(BENCHMARKS)
+    return partial_fit
 
 
 @pytest.mark.parametrize("name", ["best_of_4", "worst_of_4"])

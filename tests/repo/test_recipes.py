@@ -41,8 +41,7 @@ def test_every_configuration_builds_and_opens_with_its_command(path, tmp_path):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("quick", [False, True], ids=["full", "quick"])
-def test_every_experiment_builds_and_names_its_cells_once(path, quick, monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES.parent / "benchmarks"))
+def test_every_experiment_builds_and_names_its_cells_once(path, quick, benchmarks):
     from experiment.methods import METHODS
     from experiment.settings import read_experiment
 
@@ -65,8 +64,7 @@ def test_every_experiment_builds_and_names_its_cells_once(path, quick, monkeypat
         experiment.changed(cell)
 
 
-def test_an_experiment_with_a_base_changes_what_it_names_and_no_more(monkeypatch):
-    monkeypatch.syspath_prepend(str(RECIPES.parent / "benchmarks"))
+def test_an_experiment_with_a_base_changes_what_it_names_and_no_more(benchmarks):
     from experiment.settings import read_experiment
 
     folder = RECIPES / "configs"
