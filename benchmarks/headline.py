@@ -5,10 +5,11 @@
 
 Trains two reward models, draws from the reference policy, and trains and measures one policy a cell
 (method, strength, seed), all under `--runs`. A finished cell is never run again: stop it when you
-like, and start it again. `--quick` is one seed of the methods that matter most; `--others` adds the
-rest, `--seeds 0 1` a second seed. Each finished cell adds to `results/headline.csv`, to the
-comparison in `results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what
-is not; `--table` writes the results again without running anything.
+like, and start it again. `--jobs 2` runs two cells at a time, which is faster on two cores.
+`--quick` is one seed of the methods that matter most; `--others` adds the rest, `--seeds 0 1` a
+second seed. Each finished cell adds to `results/headline.csv`, to the comparison in
+`results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what is not;
+`--table` writes the results again without running anything.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import time
 
 from experiment.cells import Bench, add_options, open_bench
+from experiment.jobs import run_cells
 from experiment.results import (
     cell_rows,
     comparison,
@@ -31,7 +32,7 @@ from experiment.results import (
 from experiment.settings import Cell, Experiment
 from recording import RESULTS, circumstances, merge_rows
 
-from ctrl_dpo._validation import check_choice
+from ctrl_dpo._validation import check_choice, check_integer
 from ctrl_dpo.data.folders import read_record
 
 _CELL = ("task", "ablation", "method", "strength", "seed", "changes", "n_train", "n_draws")
@@ -53,21 +54,6 @@ def write_results(bench: Bench) -> str:
     ]
     share = f"Share of the reward that was learned:\n\n{learned(experiment, records)}"
     return "\n\n".join([policies(experiment, records), *parts, share, str(picture)])
-
-
-def run_cell(bench: Bench, cell: Cell) -> bool:
-    """Run one cell and say what came out; what cannot be run is said too, and left open."""
-    start = time.perf_counter()
-    try:
-        record = bench.run(cell)["training"]
-    except (ValueError, FloatingPointError) as error:
-        print(f"{cell.name}: not run: {error}", flush=True)
-        return False
-    procedure = bench.experiment.procedure
-    rate, kl = record["win_rates"][procedure]["value"], record["kl"]["value"]
-    seconds = time.perf_counter() - start
-    print(f"{cell.name}: KL {kl:.3f}, {procedure} {rate:.3f}, {seconds:.0f} s", flush=True)
-    return True
 
 
 def choose(experiment: Experiment, args: argparse.Namespace) -> list[Cell]:
@@ -92,10 +78,12 @@ def main() -> None:
     parser.add_argument("--only", help="ablation to run: main, anchor, ...; all by default")
     parser.add_argument("--methods", nargs="*", help="only these methods")
     parser.add_argument("--seeds", nargs="*", type=int, help="these instead of the file's")
-    parser.add_argument("--limit", type=int, help="stop after so many new cells")
+    parser.add_argument("--limit", type=int, help="run so many of the cells that are left")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a process each")
     parser.add_argument("--list", action="store_true", help="only say what is done")
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
+    check_integer("--jobs", args.jobs, 1)
     bench = open_bench(args)
     chosen = choose(bench.experiment, args)
     folders = {cell: bench.folder / "cells" / cell.name for cell in chosen}
@@ -104,12 +92,9 @@ def main() -> None:
     if args.list:
         print("".join(f"{'open' if c in left else 'done'} {c.name}\n" for c in chosen), end="")
         return
-    page, failed, limit = "", [], len(left) if args.limit is None else args.limit
-    for cell in [] if args.table else left:
-        if limit == 0:
-            break
-        if run_cell(bench, cell):
-            limit -= 1
+    page, failed = "", []
+    for cell, ran in run_cells(bench, [] if args.table else left[: args.limit], args.jobs):
+        if ran:
             page = write_results(bench)
         else:
             failed.append(cell.name)

@@ -58,16 +58,28 @@ class Bench:
     @functools.cached_property
     def reward_models(self) -> dict[str, str]:
         """The two rewards: functions, or models that are trained unless they are there."""
-        given = self.experiment.reward
-        if set(given) == set(JUDGES):
-            return dict(given)
-        name = source_name(self.experiment.pairs, self.experiment.pairs_hub)
-        write_once(self.runs / "pairs.json", json.dumps({"source": name}) + "\n")
-        return {judge: self._reward_model(judge, half) for half, judge in enumerate(JUDGES)}
+        self.write_inputs()
+        return {judge: self.reward_model(judge) for judge in JUDGES}
 
-    def _reward_model(self, judge: str, half: int) -> str:
-        """Return the folder of a reward model, trained on its half of the pairs."""
+    @property
+    def _rewards_are_given(self) -> bool:
+        return set(self.experiment.reward) == set(JUDGES)
+
+    def write_inputs(self) -> None:
+        """Write prompts and pairs, which every process reads."""
         experiment, pairs = self.experiment, self.runs / "pairs.parquet"
+        _ = self.all_prompts
+        if not self._rewards_are_given:
+            name = source_name(experiment.pairs, experiment.pairs_hub)
+            write_once(self.runs / "pairs.json", json.dumps({"source": name}) + "\n")
+            if not pairs.exists():
+                source(experiment.pairs, experiment.pairs_hub).to_parquet(str(pairs))
+
+    def reward_model(self, judge: str) -> str:
+        """Return a reward: a function's name, or a model's folder, trained on its half of pairs."""
+        experiment, half = self.experiment, JUDGES.index(judge)
+        if self._rewards_are_given:
+            return str(experiment.reward[judge])
         output = self.runs / f"reward_{judge}"
         wanted = {**experiment.reward, "half": half, "seed": half}
         if (output / _REWARD).exists():
@@ -78,12 +90,11 @@ class Bench:
                     f"{other}. Name another --runs."
                 )
             return str(output)
-        if not pairs.exists():
-            source(experiment.pairs, experiment.pairs_hub).to_parquet(str(pairs))
         settings = [
             f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in wanted.items()
         ]
-        words = [str(_RECIPE), self.model, str(pairs), "--output", str(output), *settings]
+        pairs = str(self.runs / "pairs.parquet")
+        words = [str(_RECIPE), self.model, pairs, "--output", str(output), *settings]
         subprocess.run([sys.executable, *words], check=True)
         return str(output)
 
@@ -114,6 +125,12 @@ class Bench:
         """Add the rewards of one reward model; responses seen before cost nothing."""
         cache = self.runs / f"scores_{judge}.jsonl"
         return score(drawn, self.reward_models[judge], cache=cache)
+
+    def scored_reference(
+        self, judge: str, split: str, experiment: Experiment, measured: bool
+    ) -> Dataset:
+        """Return scored draws of the reference policy."""
+        return self.scored(self.reference_draws(split, experiment, measured), judge)
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """Return the settings that decide a cell's numbers."""
@@ -170,7 +187,7 @@ class Bench:
 
     def _train(self, cell: Cell, experiment: Experiment, output: Path) -> None:
         """Train the policy of a cell into a folder."""
-        groups = self.scored(self.reference_draws("train", experiment, measured=False), JUDGES[0])
+        groups = self.scored_reference(JUDGES[0], "train", experiment, measured=False)
         groups = groups.remove_columns("sampler_logps")
         job: Job = METHODS[cell.method](groups, cell.strength, experiment)
         config = {**experiment.training, **job.config}
@@ -193,7 +210,6 @@ class Bench:
 
     def _measured(self, cell: Cell, experiment: Experiment, folder: Path) -> dict[str, Any]:
         """Measure the policy of a cell by fresh draws, under both reward models."""
-        reference = self.reference_draws(experiment.where, experiment, measured=True)
         drawn = sample(
             self.prompts(experiment.where, measured=True),
             load_policy(folder / "adapter", load_in_8bit=experiment.load_in_8bit),
@@ -210,7 +226,7 @@ class Bench:
         return {
             judge: evaluate(
                 self.scored(drawn, judge),
-                self.scored(reference, judge),
+                self.scored_reference(judge, experiment.where, experiment, measured=True),
                 name=name,
                 procedures=experiment.measured,
             )

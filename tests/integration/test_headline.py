@@ -112,6 +112,39 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
     assert (tmp_path / "headline_harmless_tiny.png").stat().st_size > 10_000
 
 
+def test_processes_of_their_own_give_the_same_cells(bench, experiment):
+    """Two cells at a time, on draws that are made and scored once, before them."""
+    from experiment.cells import Bench
+    from experiment.jobs import run_cells, shared_stages
+
+    expected = {cell.name: bench.run(cell) for cell in experiment.cells()}
+    given = {judge: bench.reward_models[judge] for judge in ("training", "judging")}
+    named = dataclasses.replace(experiment, reward=given)
+    apart = Bench(named, bench.model, bench.runs, "harmless_jobs")
+    cells = list(named.cells())
+    drawn, scored = shared_stages(apart, cells)
+    assert [(name, arguments[0]) for name, arguments in drawn] == [
+        ("reference_draws", "train"),
+        ("reward_model", "training"),
+        ("reward_model", "judging"),
+        ("reference_draws", "held_out"),
+    ]
+    assert [(arguments[0], arguments[1]) for _, arguments in scored] == [
+        ("training", "train"),
+        ("training", "held_out"),
+        ("judging", "held_out"),
+    ]
+    assert sorted(c.name for c, ran in run_cells(apart, cells, jobs=2) if ran) == sorted(expected)
+    for record in apart.finished():
+        cell = next(c for c in cells if c.method == record["cell"]["method"])
+        for judge in ("training", "judging"):
+            found, known = record[judge], expected[cell.name][judge]
+            assert found["kl"]["value"] == pytest.approx(known["kl"]["value"], rel=1e-3)
+            rate = known["win_rates"]["worst_of_4"]["value"]
+            assert found["win_rates"]["worst_of_4"]["value"] == pytest.approx(rate, abs=0.02)
+    assert not list(run_cells(apart, [], jobs=2))
+
+
 def test_training_prompts_can_be_measured_as_many_as_held_out_ones(bench, experiment):
     change = {"ablation": "train_prompts", "method": "bonbon", "strength": 2.0, "where": "train"}
     cell = next(
