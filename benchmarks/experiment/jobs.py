@@ -34,12 +34,15 @@ def run_cells(bench: Bench, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[
         yield from ((cell, run_cell(bench, cell)) for cell in cells)
         return
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    try:
         for tasks in shared_stages(bench, cells):
             for done in [pool.submit(_call, bench, *task) for task in tasks]:
                 done.result()
         ended = {pool.submit(run_cell, bench, cell): cell for cell in cells}
         yield from ((ended[done], done.result()) for done in as_completed(ended))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupted worker would take the next cell
 
 
 def run_cell(bench: Bench, cell: Cell) -> bool:
