@@ -6,10 +6,10 @@
 Trains two reward models, draws from the reference policy, and trains and measures one policy a cell
 (method, strength, seed), all under `--runs`. A finished cell is never run again: stop it when you
 like, and start it again. `--jobs 2` runs two cells at a time, which is faster on two cores.
-`--quick` is one seed of the methods that matter most; `--others` adds the rest, `--seeds 0 1` a
-second seed. Each finished cell adds to `results/headline.csv`, to the comparison in
-`results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what is not;
-`--table` writes the results again without running anything.
+`--quick` is the methods that matter most, one seed if the file does not say more; `--others` adds
+the rest, `--seeds 0 1` a second seed. Each finished cell adds to `results/headline.csv`, to the
+comparison in `results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what
+is not; `--table` writes the results again without running anything.
 """
 
 from __future__ import annotations
@@ -78,12 +78,14 @@ def main() -> None:
     parser.add_argument("--only", help="ablation to run: main, anchor, ...; all by default")
     parser.add_argument("--methods", nargs="*", help="only these methods")
     parser.add_argument("--seeds", nargs="*", type=int, help="these instead of the file's")
-    parser.add_argument("--limit", type=int, help="run so many of the cells that are left")
+    parser.add_argument("--limit", type=int, help="stop after so many new cells")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a process each")
     parser.add_argument("--list", action="store_true", help="only say what is done")
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
     check_integer("--jobs", args.jobs, 1)
+    if args.limit is not None:
+        check_integer("--limit", args.limit, 1)
     bench = open_bench(args)
     chosen = choose(bench.experiment, args)
     folders = {cell: bench.folder / "cells" / cell.name for cell in chosen}
@@ -92,12 +94,14 @@ def main() -> None:
     if args.list:
         print("".join(f"{'open' if c in left else 'done'} {c.name}\n" for c in chosen), end="")
         return
-    page, failed = "", []
-    for cell, ran in run_cells(bench, [] if args.table else left[: args.limit], args.jobs):
-        if ran:
-            page = write_results(bench)
+    page, failed, ran = "", [], 0
+    for cell, done in run_cells(bench, [] if args.table else left, args.jobs):
+        if done:
+            page, ran = write_results(bench), ran + 1
         else:
             failed.append(cell.name)
+        if ran == args.limit:
+            break
     print(page or write_results(bench))
     if failed:
         sys.exit(f"not run: {', '.join(failed)}")

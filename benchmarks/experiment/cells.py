@@ -72,7 +72,8 @@ class Bench:
         if not self._rewards_are_given:
             name = source_name(experiment.pairs, experiment.pairs_hub)
             write_once(self.runs / "pairs.json", json.dumps({"source": name}) + "\n")
-            if not pairs.exists():
+            trained = all((self.runs / f"reward_{judge}" / _REWARD).exists() for judge in JUDGES)
+            if not trained and not pairs.exists():
                 source(experiment.pairs, experiment.pairs_hub).to_parquet(str(pairs))
 
     def reward_model(self, judge: str) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,28 @@ def test_processes_of_their_own_give_the_same_cells(bench, experiment):
     assert not list(run_cells(apart, [], jobs=2))
 
 
+def test_an_error_begins_no_more_than_was_running(parts):
+    from experiment.jobs import in_turn
+
+    begun = []
+
+    def half(number: int) -> float:
+        begun.append(number)
+        return 1 / number
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(in_turn(pool, 2, half, [4, 2, 1, 5])) == [
+            (1, 1),
+            (2, 0.5),
+            (4, 0.25),
+            (5, 0.2),
+        ]
+        begun.clear()
+        with pytest.raises(ZeroDivisionError):
+            list(in_turn(pool, 2, half, [4, 0, *range(1, 20)]))
+    assert 2 <= len(begun) <= 4
+
+
 def test_training_prompts_can_be_measured_as_many_as_held_out_ones(bench, experiment):
     change = {"ablation": "train_prompts", "method": "bonbon", "strength": 2.0, "where": "train"}
     cell = next(
@@ -191,7 +214,7 @@ def test_the_learned_share_is_that_of_normals(parts, procedure):
     assert found["value"] == pytest.approx(share_of(rate, kl, procedure) / 2)
 
 
-def test_a_folder_of_other_prompts_or_rewards_is_refused(bench, experiment):
+def test_a_folder_of_other_prompts_or_rewards_is_refused(parts, bench, experiment):
     from experiment.cells import Bench
 
     changed = dataclasses.replace(experiment, n_train=5)
@@ -202,7 +225,10 @@ def test_a_folder_of_other_prompts_or_rewards_is_refused(bench, experiment):
     known.parent.mkdir(parents=True)
     settings = {**experiment.reward, "half": 0, "seed": 0}
     known.write_text(json.dumps({"settings": settings | {"layers": 5}}))
-    real = Bench(experiment, bench.model, bench.runs, "harmless_tiny")
+    dialogue = {f: f"\n\nHuman: a\n\nAssistant: {f}" for f in ("chosen", "rejected")}
+    (parts / "known.jsonl").write_text(json.dumps(dialogue) + "\n")
+    of_known = dataclasses.replace(experiment, pairs=str(parts / "known.jsonl"))
+    real = Bench(of_known, bench.model, bench.runs, "harmless_tiny")
     with pytest.raises(ValueError, match=r"reward_training must be .* trained with {'layers': 5}"):
         _ = real.reward_models
     pairs = dataclasses.replace(experiment, pairs="nowhere.jsonl", pairs_hub=("other", "part"))
