@@ -53,6 +53,7 @@ class Bench:
     def __init__(self, experiment: Experiment, model: str, runs: Path, name: str) -> None:
         self.experiment, self.model, self.runs = experiment, model, runs
         self.folder = runs / name
+        self._pairs = runs / "pairs.parquet"
         self.tokenizer = load_tokenizer(model)
 
     @functools.cached_property
@@ -67,14 +68,14 @@ class Bench:
 
     def write_inputs(self) -> None:
         """Write prompts and pairs, which every process reads."""
-        experiment, pairs = self.experiment, self.runs / "pairs.parquet"
+        experiment = self.experiment
         _ = self.all_prompts
         if not self._rewards_are_given:
             name = source_name(experiment.pairs, experiment.pairs_hub)
             write_once(self.runs / "pairs.json", json.dumps({"source": name}) + "\n")
             trained = all((self.runs / f"reward_{judge}" / _REWARD).exists() for judge in JUDGES)
-            if not trained and not pairs.exists():
-                source(experiment.pairs, experiment.pairs_hub).to_parquet(str(pairs))
+            if not trained and not self._pairs.exists():
+                source(experiment.pairs, experiment.pairs_hub).to_parquet(str(self._pairs))
 
     def reward_model(self, judge: str) -> str:
         """Return a reward: a function's name, or a model's folder, trained on its half of pairs."""
@@ -94,8 +95,7 @@ class Bench:
         settings = [
             f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in wanted.items()
         ]
-        pairs = str(self.runs / "pairs.parquet")
-        words = [str(_RECIPE), self.model, pairs, "--output", str(output), *settings]
+        words = [str(_RECIPE), self.model, str(self._pairs), "--output", str(output), *settings]
         subprocess.run([sys.executable, *words], check=True)
         return str(output)
 
@@ -211,6 +211,7 @@ class Bench:
 
     def _measured(self, cell: Cell, experiment: Experiment, folder: Path) -> dict[str, Any]:
         """Measure the policy of a cell by fresh draws, under both reward models."""
+        reference = self.reference_draws(experiment.where, experiment, measured=True)
         drawn = sample(
             self.prompts(experiment.where, measured=True),
             load_policy(folder / "adapter", load_in_8bit=experiment.load_in_8bit),
@@ -227,7 +228,7 @@ class Bench:
         return {
             judge: evaluate(
                 self.scored(drawn, judge),
-                self.scored_reference(judge, experiment.where, experiment, measured=True),
+                self.scored(reference, judge),
                 name=name,
                 procedures=experiment.measured,
             )

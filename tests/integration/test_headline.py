@@ -136,7 +136,9 @@ def test_processes_of_their_own_give_the_same_cells(bench, experiment):
         ("judging", "held_out"),
     ]
     assert sorted(c.name for c, ran in run_cells(apart, cells, jobs=2) if ran) == sorted(expected)
-    for record in apart.finished():
+    records = apart.finished()
+    assert len(records) == len(cells)
+    for record in records:
         cell = next(c for c in cells if c.method == record["cell"]["method"])
         for judge in ("training", "judging"):
             found, known = record[judge], expected[cell.name][judge]
