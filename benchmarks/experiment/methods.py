@@ -87,6 +87,7 @@ def calibrated(
         if name == "exponential":
             sign = -1 if experiment.procedure.startswith("worst") else 1
             name = f"exponential:{sign * PAPER_RATE:g}"
+        weight = experiment.anchor if anchor is None else anchor
         labelled = relabel(
             groups,
             procedure=experiment.procedure,
@@ -94,10 +95,10 @@ def calibrated(
             target_kl=strength,
             estimator=experiment.estimator or estimator,
             extremes=experiment.extremes,
+            anchor=weight,
         )
         if experiment.as_pairs is not None:
             labelled = pairs(labelled, experiment.as_pairs)
-        weight = experiment.anchor if anchor is None else anchor
         return Job(labelled, {"loss": experiment.loss, "anchor": weight})
 
     return job

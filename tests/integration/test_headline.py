@@ -308,6 +308,23 @@ def test_every_method_labels_what_its_loss_needs(parts, experiment):
     assert set(jobs["exponential"].data["transformation"]) == {"exponential:-10.0"}
 
 
+def test_rank_labels_are_for_the_anchor_they_are_trained_with(parts, experiment):
+    """The loss of anchor 0 fits k/(k-1) times its labels' differences, that of 1 fits them."""
+    from experiment.methods import METHODS
+
+    whole = dataclasses.replace(experiment, extremes=None)
+    made = {}
+    for anchor in (0.0, 1.0):
+        job = METHODS["optimal"](groups(), 0.1, dataclasses.replace(whole, anchor=anchor))
+        assert set(job.data["anchor"]) == {job.config["anchor"]} == {anchor}
+        made[anchor] = np.array(job.data["transformed_rewards"])
+        made[anchor] /= np.array(job.data["beta"])[:, None]
+        made[anchor] -= made[anchor].mean(axis=1, keepdims=True)
+    k = made[0.0].shape[1]
+    assert np.abs(made[1.0]).max() > 0.1
+    np.testing.assert_allclose(made[0.0], made[1.0] * (k - 1) / k, rtol=1e-6)
+
+
 def test_raw_targets_are_rewards_in_units_of_their_spread_over_beta(parts, experiment):
     """The spread is pooled over prompts, so a prompt with twice the spread has twice the margin."""
     from experiment.methods import METHODS, reward_spread
