@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Stage 3: rewards become training targets for best-of-4, ranked among 16 draws; the best and the worst response of
 # each prompt are trained on. The budget is that of the training responses: on other prompts, with no more than these
-# 96 to learn from, less is spent, 1.9 and 0.5 nats with two sets of draws. And plain pairs of the same responses for the DPO baseline.
+# 96 to learn from, less is spent, 1.9 and 0.5 nats with two sets of draws. And plain pairs of the same responses for
+# the DPO baseline.
 set -euo pipefail
 RUNS=${RUNS:-runs/quickstart}
 
