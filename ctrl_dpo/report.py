@@ -220,7 +220,7 @@ def win_rate_table(records: Sequence[Record]) -> str:
 
 
 def attainment_table(records: Sequence[Record]) -> str:
-    """Write the share of the attainable gain as a Markdown table, one row a policy.
+    """Write attainment, the share of the attainable gain, as a Markdown table, one row a policy.
 
     Parameters
     ----------
@@ -324,9 +324,10 @@ def evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
             f"{served} from the reference policy's, over all subsets of the draws; ties count one "
             "half."
         ),
-        "Share of the attainable gain": (
-            f"{attainment_table(records)}\n\n1 is the exact optimum at the policy's own KL, 0 the "
-            "reference policy. A dash: the KL is not known, or may be 0."
+        "Attainment": (
+            f"{attainment_table(records)}\n\nThe share of the gain that the exact optimum has at "
+            "the KL that was paid: 1 is the optimum, 0 the reference policy. A dash: the KL is not "
+            "known, or may be 0."
         ),
     }
     if len(records) > 1:

@@ -63,5 +63,5 @@ def evaluate(
     found = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
     typer.echo(f"{win_rate_table([found])}\n")
     if found["kl"] is not None:
-        typer.echo(f"Share of the attainable gain:\n\n{attainment_table([found])}\n")
+        typer.echo(f"Attainment:\n\n{attainment_table([found])}\n")
     finished(output)

@@ -67,7 +67,7 @@ def test_parquet_of_lists_and_lines_of_single_draws_give_one_record(tmp_path, si
         for key in ("win_rates", "kl", "attainment", "n_draws", "n_reference_draws"):
             assert record[key] == json.loads(json.dumps(expected[key])), key
         assert f"{expected['win_rates']['best_of_4']['value']:.1%}" in printed
-        assert "Share of the attainable gain" in printed
+        assert "Attainment:" in printed
         pictures = {path.name for path in (tmp_path / suffix).glob("*.png")}
         assert pictures == {"frontier.png", "rewards.png", "calibration.png"}
         assert "best of 4" in (tmp_path / suffix / "report.md").read_text()

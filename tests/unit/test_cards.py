@@ -89,7 +89,7 @@ def test_report_writes_both_cards_without_any_text(runs):
     }
     record = json.loads((runs / "evaluation" / "evaluation.json").read_text())
     rate, share = record["win_rates"]["best_of_4"], record["attainment"]["best_of_4"]
-    table, attained = model.text.split("## Share of the attainable gain")
+    table, attained = model.text.split("## Attainment")
     assert "({low:.1%} to {high:.1%})".format(**rate) in table
     assert f"{rate['value']:.1%}" in table
     assert "0.50 (0.50 to 0.50)" in table  # the KL of these log-ratios
