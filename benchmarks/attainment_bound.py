@@ -10,6 +10,7 @@ stationary point found there.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 from partial_fit import PROCEDURES, PartialView
@@ -23,13 +24,19 @@ from ctrl_dpo.theory.procedures import parse_procedure
 KLS = (0.5, 1.0, 2.0, 4.0)
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
 WANTED = (0.6, 0.85)
+LOOKED_AT = (0.01, 0.99)  # shares between which one that is needed is looked for
+
+
+@functools.cache
+def possible(name: str, kl: float) -> float:
+    """Return what the exact optimum of a KL gains in win rate over the reference policy."""
+    (optimum,) = frontier(name, ["optimal"], [kl])
+    return optimum.win_rate - 0.5
 
 
 def attainment(name: str, share: float, kl: float) -> float:
-    """Return the largest share of the optimum's gain within a KL for a share that is learned."""
-    procedure = parse_procedure(name)
-    (optimum,) = frontier(procedure, ["optimal"], [kl])
-    return (PartialView(share, procedure).bound(kl) - 0.5) / (optimum.win_rate - 0.5)
+    """Return the attainment of the best policy found that knows so much of the reward."""
+    return (PartialView(share, parse_procedure(name)).bound(kl) - 0.5) / possible(name, kl)
 
 
 def share_needed(name: str, wanted: float, kl: float) -> float:
@@ -38,7 +45,7 @@ def share_needed(name: str, wanted: float, kl: float) -> float:
     def missing(share: float) -> float:
         return attainment(name, share, kl) - wanted
 
-    return float(optimize.brentq(missing, 0.01, 0.99, xtol=1e-4))
+    return float(optimize.brentq(missing, *LOOKED_AT, xtol=1e-4))
 
 
 def main() -> None:
