@@ -63,6 +63,7 @@ def experiment(parts):
         kls=(1e-4,),
         training={"learning_rate": 1e-2, "max_steps": 6, "per_device_train_batch_size": 3},
         strengths={"optimal": (1.0,), "bonbon": (2.0,)},
+        others={},
         ablations=(),
     )
 
