@@ -10,7 +10,6 @@ stationary point found there.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 from partial_fit import PROCEDURES, PartialView
@@ -18,7 +17,7 @@ from recording import append_rows
 from scipy import optimize
 
 from ctrl_dpo.measures.tables import table
-from ctrl_dpo.theory.policies import frontier
+from ctrl_dpo.measures.win_rates import attainment
 from ctrl_dpo.theory.procedures import parse_procedure
 
 KLS = (0.5, 1.0, 2.0, 4.0)
@@ -27,23 +26,16 @@ WANTED = (0.6, 0.85)
 LOOKED_AT = (0.01, 0.99)  # shares between which one that is needed is looked for
 
 
-@functools.cache
-def possible(name: str, kl: float) -> float:
-    """Return what the exact optimum of a KL gains in win rate over the reference policy."""
-    (optimum,) = frontier(name, ["optimal"], [kl])
-    return optimum.win_rate - 0.5
-
-
-def attainment(name: str, share: float, kl: float) -> float:
+def largest_attainment(name: str, share: float, kl: float) -> float:
     """Return the attainment of the best policy found that knows so much of the reward."""
-    return (PartialView(share, parse_procedure(name)).bound(kl) - 0.5) / possible(name, kl)
+    return attainment(PartialView(share, parse_procedure(name)).bound(kl), kl, name)
 
 
 def share_needed(name: str, wanted: float, kl: float) -> float:
     """Return the share of the reward that an attainment needs."""
 
     def missing(share: float) -> float:
-        return attainment(name, share, kl) - wanted
+        return largest_attainment(name, share, kl) - wanted
 
     return float(optimize.brentq(missing, *LOOKED_AT, xtol=1e-4))
 
@@ -52,7 +44,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, kl in itertools.product(PROCEDURES, KLS):
         row: dict[str, object] = {"procedure": name, "kl": kl}
-        row |= {f"attainment at {s:g}": round(attainment(name, s, kl), 3) for s in SHARES}
+        row |= {f"attainment at {s:g}": round(largest_attainment(name, s, kl), 3) for s in SHARES}
         row |= {f"r2 for {wanted:g}": round(share_needed(name, wanted, kl), 3) for wanted in WANTED}
         rows.append(row)
     append_rows("attainment_bound", rows)
