@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import psutil
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -25,6 +28,8 @@ _STATE_32, _STATE_8 = 8.0, 2.1
 _HEAD_COPIES = 5
 # what the allocator keeps beyond what is alive, and gradients that pass through the backward pass
 _ALLOCATOR = 1.25
+# glibc's setting: buffers from this size on are given back to the system when they are freed
+_MMAP = "MALLOC_MMAP_THRESHOLD_"
 
 
 def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> dict[str, int]:
@@ -52,6 +57,13 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
     dict of str to int
         ``weights`` (which are there already), ``gradients``, ``optimiser``, ``activations`` and
         ``head``, bytes on one device.
+
+    Notes
+    -----
+    The factor 1.25 covers what PyTorch's allocators keep. On a processor with activation
+    checkpointing glibc keeps more, small buffers that live on between larger ones that were freed:
+    the bound then holds with ``MALLOC_MMAP_THRESHOLD_=1048576`` in the environment, which gives
+    freed buffers back and takes longer (``benchmarks/memory_bound.py``).
     """
     base = causal_model(model)
     config = base.config.get_text_config()
@@ -102,28 +114,34 @@ def activation_bytes(model: Any, row: Mapping[str, Any], share_prompt: bool) -> 
     batch = collate([{k: row[k] for k in ("prompt_ids", "response_ids")}], share_prompt)
     device = next(model.parameters()).device
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    kept: WeakSet[_Kept] = WeakSet()
     was_training = model.training
     model.eval()  # every activation is then kept, whatever is recomputed in training
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_counter(kept), _same):
+    with torch.enable_grad(), saved_tensors_hooks(_counter(kept), lambda saved: saved.tensor):
         alive = response_logps(model, {name: value.to(device) for name, value in batch.items()})
     model.train(was_training)
-    total = sum(size for place, size in kept.items() if place not in weights)
-    del alive  # until here nothing was freed whose place another tensor could take
-    return total
+    # storages alive together have addresses of their own; what was freed on the way (the head's
+    # logits) is no longer in the set, and its address may be another's
+    storages = [saved.tensor.untyped_storage() for saved in kept]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    del alive
+    return sum(size for place, size in sizes.items() if place not in weights)
 
 
-def _counter(kept: dict[int, int]) -> Callable[[torch.Tensor], torch.Tensor]:
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+class _Kept:
+    """A tensor that the graph keeps; it lives as long as the graph needs it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def _counter(kept: WeakSet[_Kept]) -> Callable[[torch.Tensor], _Kept]:
+    def keep(tensor: torch.Tensor) -> _Kept:
+        saved = _Kept(tensor)
+        kept.add(saved)
+        return saved
 
     return keep
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
 
 
 def _length(row: Mapping[str, Any], share_prompt: bool) -> int:
@@ -150,9 +168,12 @@ class MemoryCallback(TrainerCallback):
             return
         bound = memory_bound(model, kwargs["train_dataloader"].dataset, args)
         needed = sum(size for part, size in bound.items() if part != "weights")
-        free = free_memory(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        free = free_memory(device)
         parts = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in bound.items())
         logger.info("memory: at most %.2f GiB beyond the weights (%s)", needed / _GIB, parts)
+        if args.activation_checkpointing and device.type == "cpu" and _MMAP not in os.environ:
+            logger.info("memory: the allocator may hold more, unless %s=1048576 is set", _MMAP)
         if needed > free:
             logger.warning(
                 "memory: training may take %.2f GiB beyond the weights, and %.2f GiB are free. "

@@ -74,6 +74,34 @@ def test_counted_bytes_by_hand():
     assert large == pytest.approx(small * tokens[1] / tokens[0], rel=0.15)
 
 
+def kept_by_the_graph(model, row, share_prompt) -> int:
+    """Count what the nodes of the autograd graph say they saved: no hook, and nothing is freed."""
+    model.eval()
+    output = response_logps(model, collate([row], share_prompt))
+    seen, nodes, sizes = set(), [output.grad_fn], {}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+        saved = [n for n in dir(node) if n.startswith("_saved_") or n == "saved_tensors"]
+        for value in [getattr(node, name) for name in saved]:
+            tensors = value if isinstance(value, (tuple, list)) else [value]
+            for storage in [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]:
+                sizes[storage.data_ptr()] = storage.nbytes()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(size for place, size in sizes.items() if place not in weights)
+
+
+@pytest.mark.parametrize("share_prompt", [True, False])
+def test_counted_bytes_are_those_that_the_graph_holds(share_prompt):
+    model = adapted()
+    for row in make_rows(4):
+        found = activation_bytes(model, row, share_prompt)
+        assert found == kept_by_the_graph(model, row, share_prompt)
+
+
 def test_weights_gradients_and_state_by_hand():
     model = adapted()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -121,6 +149,23 @@ def test_a_small_machine_is_warned_of_with_the_remedy(changes, remedy, monkeypat
     MemoryCallback().on_train_begin(settings(**changes), None, None, **call)
     assert "memory: at most" in caplog.text
     assert f"To lower it: {remedy}." in caplog.text
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("given_back", [True, False])
+def test_what_glibc_keeps_is_told_of_where_it_matters(
+    checkpointing, given_back, monkeypatch, caplog
+):
+    name = "MALLOC_MMAP_THRESHOLD_"
+    monkeypatch.delenv(name, raising=False)
+    if given_back:
+        monkeypatch.setenv(name, "1048576")
+    caplog.set_level(logging.INFO)
+    loader = SimpleNamespace(dataset=make_rows(2))
+    call = {"model": adapted(), "train_dataloader": loader}
+    arguments = settings(activation_checkpointing=checkpointing)
+    MemoryCallback().on_train_begin(arguments, None, None, **call)
+    assert (f"unless {name}=1048576" in caplog.text) == (checkpointing and not given_back)
 
 
 def test_a_large_machine_is_not_warned_of(monkeypatch, caplog):
