@@ -62,7 +62,7 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
     -----
     The factor 1.25 covers what PyTorch's allocators keep. On a processor with activation
     checkpointing glibc keeps more, small buffers that live on between larger ones that were freed:
-    the bound then holds with ``MALLOC_MMAP_THRESHOLD_=1048576`` in the environment, which gives
+    the bound then holds with ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment, which gives
     freed buffers back and takes longer (``benchmarks/memory_bound.py``).
     """
     base = causal_model(model)
@@ -173,7 +173,7 @@ class MemoryCallback(TrainerCallback):
         parts = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in bound.items())
         logger.info("memory: at most %.2f GiB beyond the weights (%s)", needed / _GIB, parts)
         if args.activation_checkpointing and device.type == "cpu" and _MMAP not in os.environ:
-            logger.info("memory: the allocator may hold more, unless %s=1048576 is set", _MMAP)
+            logger.info("memory: the allocator may hold more, unless %s=65536 is set", _MMAP)
         if needed > free:
             logger.warning(
                 "memory: training may take %.2f GiB beyond the weights, and %.2f GiB are free. "

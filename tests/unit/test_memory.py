@@ -159,13 +159,13 @@ def test_what_glibc_keeps_is_told_of_where_it_matters(
     name = "MALLOC_MMAP_THRESHOLD_"
     monkeypatch.delenv(name, raising=False)
     if given_back:
-        monkeypatch.setenv(name, "1048576")
+        monkeypatch.setenv(name, "65536")
     caplog.set_level(logging.INFO)
     loader = SimpleNamespace(dataset=make_rows(2))
     call = {"model": adapted(), "train_dataloader": loader}
     arguments = settings(activation_checkpointing=checkpointing)
     MemoryCallback().on_train_begin(arguments, None, None, **call)
-    assert (f"unless {name}=1048576" in caplog.text) == (checkpointing and not given_back)
+    assert (f"unless {name}=65536" in caplog.text) == (checkpointing and not given_back)
 
 
 def test_a_large_machine_is_not_warned_of(monkeypatch, caplog):
