@@ -4,11 +4,13 @@ Usage: python benchmarks/memory_bound.py MODEL
 
 Three updates of LoRA of rank 16 in a process of its own per row; the peak is what the process
 held beyond what it held before them (Linux). `mmap` is glibc's MALLOC_MMAP_THRESHOLD_: buffers of
-so many bytes are given back to the system when they are freed; 0 leaves it as it is.
+so many bytes are given back to the system when they are freed; 0 leaves it as it is. One thread.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -53,6 +55,7 @@ def _resident(name: str) -> int:
 
 def measure(path: str, cell: dict[str, Any]) -> dict[str, float]:
     """Train for three updates and compare the peak with the bound; GiB."""
+    torch.set_num_threads(1)
     adapter = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(load_model(path, dtype=cell["dtype"]), adapter)
     speed_up_adapters(model)
@@ -76,8 +79,11 @@ def measure(path: str, cell: dict[str, Any]) -> dict[str, float]:
     settings = {"per_device_train_batch_size": len(groups), "max_tokens_per_pass": None}
     settings |= {"share_prompt": True, "optim": "adamw_torch"}
     settings["activation_checkpointing"] = cell["checkpointing"]
+    # the probe pages the weights in; free heap that it left would hide as much of the peak
     bound = memory_bound(model, groups, SimpleNamespace(**settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, start = _resident("VmRSS"), time.perf_counter()
     for _ in range(3):
@@ -93,8 +99,8 @@ def measure(path: str, cell: dict[str, Any]) -> dict[str, float]:
 
 def main(path: str) -> None:
     """Print a table and append it to the results."""
-    print("| " + " | ".join(NAMES) + " | peak GiB | bound GiB | bound / peak | seconds |")
-    print("|" + "---|" * (len(NAMES) + 4), flush=True)
+    print("| model | " + " | ".join(NAMES) + " | peak GiB | bound GiB | bound / peak | seconds |")
+    print("|" + "---|" * (len(NAMES) + 5), flush=True)
     for values in CELLS:
         cell = dict(zip(NAMES, values, strict=True))
         mapped = {"MALLOC_MMAP_THRESHOLD_": str(cell["mmap"])} if cell["mmap"] else {}
@@ -105,7 +111,7 @@ def main(path: str) -> None:
             text=True,
             check=True,
         )
-        row = cell | json.loads(run.stdout.splitlines()[-1])
+        row = {"model": Path(path).name, **cell} | json.loads(run.stdout.splitlines()[-1])
         append_rows("memory_bound", [row])
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
 

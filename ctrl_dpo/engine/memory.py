@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -60,10 +61,10 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
 
     Notes
     -----
-    The factor 1.25 covers what PyTorch's allocators keep. On a processor with activation
-    checkpointing glibc keeps more, small buffers that live on between larger ones that were freed:
-    the bound then holds with ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment, which gives
-    freed buffers back and takes longer (``benchmarks/memory_bound.py``).
+    The factor 1.25 covers memory that the allocator holds but does not use. With activation
+    checkpointing on a processor, glibc can hold more: freed buffers between live ones are not
+    returned. With ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment the bound held, and updates
+    took longer (``benchmarks/memory_bound.py``).
     """
     base = causal_model(model)
     config = base.config.get_text_config()
@@ -120,8 +121,8 @@ def activation_bytes(model: Any, row: Mapping[str, Any], share_prompt: bool) -> 
     with torch.enable_grad(), saved_tensors_hooks(_counter(kept), lambda saved: saved.tensor):
         alive = response_logps(model, {name: value.to(device) for name, value in batch.items()})
     model.train(was_training)
-    # storages alive together have addresses of their own; what was freed on the way (the head's
-    # logits) is no longer in the set, and its address may be another's
+    # only storages that are alive together have distinct addresses: one freed on the way (the
+    # head's logits) may leave its address to another, and is no longer in the set
     storages = [saved.tensor.untyped_storage() for saved in kept]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     del alive
@@ -132,7 +133,8 @@ class _Kept:
     """A tensor that the graph keeps; it lives as long as the graph needs it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+        # with its history, a node's own output would keep that node, and itself, for good
+        self.tensor = tensor.detach()
 
 
 def _counter(kept: WeakSet[_Kept]) -> Callable[[torch.Tensor], _Kept]:
@@ -166,14 +168,19 @@ class MemoryCallback(TrainerCallback):
         if any(isinstance(p, DTensor) for p in model.parameters()):
             logger.info("memory: no bound is made where weights are sharded over processes")
             return
-        bound = memory_bound(model, kwargs["train_dataloader"].dataset, args)
-        needed = sum(size for part, size in bound.items() if part != "weights")
         device = next(model.parameters()).device
         free = free_memory(device)
+        bound = memory_bound(model, kwargs["train_dataloader"].dataset, args)
+        needed = sum(size for part, size in bound.items() if part != "weights")
         parts = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in bound.items())
         logger.info("memory: at most %.2f GiB beyond the weights (%s)", needed / _GIB, parts)
-        if args.activation_checkpointing and device.type == "cpu" and _MMAP not in os.environ:
-            logger.info("memory: the allocator may hold more, unless %s=65536 is set", _MMAP)
+        glibc = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
+        if args.activation_checkpointing and glibc and _MMAP not in os.environ:
+            logger.info(
+                "memory: with activation checkpointing glibc may hold more than that; %s=65536 in "
+                "the environment avoids it, and is slower",
+                _MMAP,
+            )
         if needed > free:
             logger.warning(
                 "memory: training may take %.2f GiB beyond the weights, and %.2f GiB are free. "
