@@ -42,7 +42,6 @@ CELLS = [
     ("float32", 4, 16, 64, 32, True, 0),
     ("float32", 4, 16, 64, 32, True, 2**16),
     ("bfloat16", 4, 16, 64, 32, True, 0),
-    ("bfloat16", 4, 16, 64, 32, True, 2**20),
     ("bfloat16", 4, 16, 64, 32, True, 2**16),
 ]
 NAMES = ("dtype", "groups", "responses", "prompt", "response", "checkpointing", "mmap")
