@@ -39,15 +39,15 @@ _CELL = ("task", "ablation", "method", "strength", "seed", "changes", "n_train",
 _POINT = ("task", "n_train", "n_prompts", "n_draws", "judge", "procedure", "kl", "method")
 
 
-def write_results(bench: Bench) -> str:
-    """Write rows, comparison and figure of what is finished; return the tables."""
+def write_results(bench: Bench, name: str) -> str:
+    """Write rows, comparison and figure (of that name) of what is finished; return the tables."""
     experiment, records = bench.experiment, bench.finished()
     if not records:
         return "no cell is finished"
     merge_rows("headline", cell_rows(experiment, records), _CELL)
     rows = equal_kl_rows(experiment, records)
     merge_rows("headline_equal_kl", flat(rows, circumstances()), _POINT)
-    picture = figure(experiment, records, RESULTS / f"headline_{bench.folder.name}.png")
+    picture = figure(experiment, records, RESULTS / f"{name}.png")
     parts = [
         f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
         for kl in experiment.kls
@@ -87,6 +87,7 @@ def main() -> None:
     if args.limit is not None:
         check_integer("--limit", args.limit, 1)
     bench = open_bench(args)
+    name = args.experiment.stem + ("_quick" if args.quick else "")
     chosen = choose(bench.experiment, args)
     folders = {cell: bench.folder / "cells" / cell.name for cell in chosen}
     left = [c for c, path in folders.items() if not read_record(path).get("complete")]
@@ -97,12 +98,12 @@ def main() -> None:
     page, failed, ran = "", [], 0
     for cell, done in run_cells(bench, [] if args.table else left, args.jobs):
         if done:
-            page, ran = write_results(bench), ran + 1
+            page, ran = write_results(bench, name), ran + 1
         else:
             failed.append(cell.name)
         if ran == args.limit:
             break
-    print(page or write_results(bench))
+    print(page or write_results(bench, name))
     if failed:
         sys.exit(f"not run: {', '.join(failed)}")
 

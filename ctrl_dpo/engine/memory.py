@@ -63,8 +63,8 @@ def memory_bound(model: Any, rows: Sequence[Mapping[str, Any]], args: Any) -> di
     -----
     The factor 1.35 covers what the allocator holds but does not use, 1.29 times the activations at
     most in what was measured. With activation checkpointing on a processor, glibc can hold more:
-    freed buffers between live ones are not returned. With ``MALLOC_MMAP_THRESHOLD_=65536`` in the environment the bound held, and updates
-    took longer (``benchmarks/memory_bound.py``).
+    freed buffers between live ones are not returned. With ``MALLOC_MMAP_THRESHOLD_=65536`` in the
+    environment the bound held, and updates took longer (``benchmarks/memory_bound.py``).
     """
     base = causal_model(model)
     config = base.config.get_text_config()

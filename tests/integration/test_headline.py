@@ -99,19 +99,19 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
         assert record["training"]["kl"] == record["judging"]["kl"]
         assert record["training"]["rewards"] != record["judging"]["rewards"]
         assert record["training"]["n_draws"] == 32
-    page = headline.write_results(bench)
+    page = headline.write_results(bench, "tiny")
     assert "| bonbon " in page
     assert "Share of the reward that was learned" in page
     policy = next(row for row in page.splitlines() if row.startswith("| bonbon 2, seed 0 "))
     measured = first[1]["training"]
     assert f"| {measured['win_rates']['worst_of_4']['value']:.1%} (" in policy
     assert f"| {measured['length']['value']:.1f} (" in policy
-    assert headline.write_results(bench) == page
+    assert headline.write_results(bench, "tiny") == page
     rows = list(csv.DictReader((tmp_path / "headline.csv").read_text().splitlines()))
     assert sorted(row["method"] for row in rows) == ["bonbon", "optimal"]
     assert float(rows[0]["kl"]) == round(first[1]["training"]["kl"]["value"], 4)
     assert len((tmp_path / "headline_equal_kl.csv").read_text().splitlines()) == 9
-    assert (tmp_path / "headline_harmless_tiny.png").stat().st_size > 10_000
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
 
 
 def test_processes_of_their_own_give_the_same_cells(bench, experiment):

@@ -77,6 +77,22 @@ def test_an_experiment_with_a_base_changes_what_it_names_and_no_more(benchmarks)
     assert {name for name in base if base[name] != other[name]} == named - {"base", "quick"}
 
 
+def test_the_sweep_shares_the_cells_of_the_grid_around_which_it_is(benchmarks):
+    from experiment.cells import _GRID
+    from experiment.settings import read_experiment
+
+    base, sweep = (
+        read_experiment(RECIPES / "configs" / f"headline_{name}.yaml", quick=True)
+        for name in ("harmless", "harmless_sweep")
+    )
+    found = dataclasses.asdict(base), dataclasses.asdict(sweep)
+    assert {name for name in found[0] if found[0][name] != found[1][name]} <= set(_GRID)
+    assert set(base.seeds) == set(sweep.seeds)
+    for method, strengths in base.strengths.items():
+        assert set(strengths) < set(sweep.strengths[method])
+        assert len(sweep.strengths[method]) == 5
+
+
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
 def test_accelerate_reads_every_launch_file(path):
     config = load_config_from_file(str(path))
