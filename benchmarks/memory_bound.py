@@ -20,10 +20,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from recording import append_rows
+from scaling import make_row
 
 from ctrl_dpo.engine.adapters import speed_up_adapters
 from ctrl_dpo.engine.batches import collate
@@ -62,19 +62,8 @@ def measure(path: str, cell: dict[str, Any]) -> dict[str, float]:
     if cell["checkpointing"]:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    rng = np.random.default_rng(0)
-
-    def draw(count: int) -> list[int]:
-        return rng.integers(3, model.config.vocab_size, size=count).tolist()
-
-    responses = range(cell["responses"])
-    groups = [
-        {
-            "prompt_ids": draw(cell["prompt"]),
-            "response_ids": [draw(cell["response"]) for _ in responses],
-        }
-        for _ in range(cell["groups"])
-    ]
+    group = make_row(cell["prompt"], cell["response"], cell["responses"])
+    groups = [group] * cell["groups"]
     settings = {"per_device_train_batch_size": len(groups), "max_tokens_per_pass": None}
     settings |= {"share_prompt": True, "optim": "adamw_torch"}
     settings["activation_checkpointing"] = cell["checkpointing"]
