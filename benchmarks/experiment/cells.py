@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _RECIPE = Path(__file__).parents[2] / "recipes" / "train_reward_model.py"
 _TRAIN_SEED, _MEASURE_SEED, _POLICY_SEED = 1, 2, 1000
 # settings that change no cell's numbers
 _GRID = ("strengths", "others", "seeds", "ablations", "kls")
+# settings by which cells of one and the same policy can differ
+_MEASURING = ("where", "held_out_draws", "measured")
 
 
 class Bench:
@@ -140,7 +143,10 @@ class Bench:
 
     def finished(self) -> list[dict[str, Any]]:
         """Return the records of all finished cells that have the experiment's settings."""
-        records = []
+        return [record for _, _, record in self._finished()]
+
+    def _finished(self) -> Iterator[tuple[Path, Cell, dict[str, Any]]]:
+        """Yield folder, cell and record of what :meth:`finished` returns."""
         for path in sorted((self.folder / "cells").glob("*")):
             if read_record(path).get("complete"):
                 record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
@@ -148,8 +154,7 @@ class Bench:
                 cell = Cell(**{**record["cell"], "changes": changes})
                 # through JSON: tuples are lists there
                 if json.loads(json.dumps(self.settings(cell))) == record["settings"]:
-                    records.append(record)
-        return records
+                    yield path, cell, record
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Return the record of a cell, training and measuring it unless that is done."""
@@ -163,9 +168,10 @@ class Bench:
         ).open()
         path = folder.path / _RECORD
         if not folder.is_complete:
-            trained = self._trained(cell, experiment, folder.path / "adapter")
+            adapter = self._adapter_of_another(cell, inputs) or folder.path / "adapter"
+            trained = self._trained(cell, experiment, adapter)
             start = time.perf_counter()
-            record = self._measured(cell, experiment, folder.path)
+            record = self._measured(cell, experiment, adapter, folder.path / "draws")
             seconds = {"train": trained["seconds"], "measure": time.perf_counter() - start}
             record |= {"cell": dataclasses.asdict(cell), "seconds": seconds}
             record |= {"settings": settings, "circumstances": trained["circumstances"]}
@@ -174,6 +180,19 @@ class Bench:
             folder.finish({"kl": record["training"]["kl"]["value"]})
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return loaded
+
+    def _adapter_of_another(self, cell: Cell, inputs: dict[str, str]) -> Path | None:
+        """Return the policy of a finished cell that was trained alike and measured otherwise."""
+
+        def policy(of: Cell) -> tuple[Any, ...]:
+            trained = {k: v for k, v in self.settings(of).items() if k not in _MEASURING}
+            return of.method, of.strength, of.seed, trained
+
+        for path, other, _ in self._finished():
+            known = (path / "adapter" / _TRAINED).exists()
+            if known and policy(other) == policy(cell) and read_record(path)["inputs"] == inputs:
+                return path / "adapter"
+        return None
 
     def _trained(self, cell: Cell, experiment: Experiment, output: Path) -> dict[str, Any]:
         """Train the policy of a cell, unless that is done; say how long it took, and where."""
@@ -209,19 +228,21 @@ class Bench:
         trainer.train()
         trainer.save_model()
 
-    def _measured(self, cell: Cell, experiment: Experiment, folder: Path) -> dict[str, Any]:
+    def _measured(
+        self, cell: Cell, experiment: Experiment, adapter: Path, output: Path
+    ) -> dict[str, Any]:
         """Measure the policy of a cell by fresh draws, under both reward models."""
         reference = self.reference_draws(experiment.where, experiment, measured=True)
         drawn = sample(
             self.prompts(experiment.where, measured=True),
-            load_policy(folder / "adapter", load_in_8bit=experiment.load_in_8bit),
+            load_policy(adapter, load_in_8bit=experiment.load_in_8bit),
             Sampler(
                 experiment.held_out_draws,
                 experiment.max_new_tokens,
                 seed=_POLICY_SEED + cell.seed,
             ),
             tokenizer=self.tokenizer,
-            output=folder / "draws",
+            output=output,
             log_ratios=True,
         )
         name = f"{cell.method} {cell.strength:g}"

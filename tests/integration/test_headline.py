@@ -182,6 +182,23 @@ def test_training_prompts_can_be_measured_as_many_as_held_out_ones(bench, experi
     assert record["training"]["n_prompts"] == 4
 
 
+def test_a_policy_measured_elsewhere_is_not_trained_again(bench, experiment, monkeypatch):
+    from experiment.settings import Cell
+
+    bench = type(bench)(experiment, bench.model, bench.runs, "harmless_measured")
+    held_out = bench.run(Cell("bonbon", 2.0, 5))
+    train = Cell("bonbon", 2.0, 5, "train_prompts", (("where", "train"),))
+    other = Cell("bonbon", 2.0, 5, "rank", (("where", "train"), ("lora_r", 2)))
+    monkeypatch.setattr(type(bench), "_train", None)
+    for unlike in (other, Cell("bonbon", 1.5, 5), Cell("bonbon", 2.0, 6)):
+        with pytest.raises(TypeError, match="not callable"):  # would be trained
+            bench.run(unlike)
+    record = bench.run(train)
+    assert not (bench.folder / "cells" / train.name / "adapter").exists()
+    assert record["seconds"]["train"] == held_out["seconds"]["train"]
+    assert record["training"]["kl"] != held_out["training"]["kl"]
+
+
 def test_results_are_of_every_finished_cell_of_these_settings(bench, experiment):
     """Also of those that this call does not ask for; not of those trained with other settings."""
     ran = [bench.run(cell)["cell"]["method"] for cell in experiment.cells()]
