@@ -18,12 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from experiment.cells import Bench, add_options, open_bench
-from experiment.settings import Cell
+from experiment.cells import Bench, add_options, cell_of, open_bench
 from numpy.typing import NDArray
 from partial_fit import GRID, KL, METHODS, PartialView, order_statistic, population_fits
 from recording import circumstances, merge_rows
@@ -92,12 +92,11 @@ def log_ratios(policy: Any, tokenizer: Any, reference: Dataset) -> FloatArray:
     return logps - np.array([row[columns.SAMPLER_LOGPS] for row in drawn])
 
 
-def kept_log_ratios(bench: Bench, cell: Cell, reference: Dataset) -> FloatArray:
-    """Return the log-ratios of a cell's policy, computed once."""
-    folder = bench.folder / "cells" / cell.name
-    kept = folder / "reference_log_ratios.json"
+def kept_log_ratios(bench: Bench, adapter: Path, reference: Dataset) -> FloatArray:
+    """Return the log-ratios of a policy, computed once."""
+    kept = adapter.parent / "reference_log_ratios.json"
     if not kept.exists():
-        policy = load_policy(folder / "adapter", load_in_8bit=bench.experiment.load_in_8bit).eval()
+        policy = load_policy(adapter, load_in_8bit=bench.experiment.load_in_8bit).eval()
         found = log_ratios(policy, bench.tokenizer, reference).tolist()
         write_atomically(kept, (json.dumps(found) + "\n").encode("utf-8"))
     return np.array(json.loads(kept.read_text(encoding="utf-8")))
@@ -151,10 +150,10 @@ def rows(bench: Bench) -> list[Mapping[str, Any]]:
     rewards = np.array(bench.scored(reference, "training")["rewards"])
     found: list[Mapping[str, Any]] = []
     for record in bench.finished():
-        cell = Cell(**{**record["cell"], "changes": ()})
+        cell = cell_of(record)
         if cell.ablation == "main":
             base = {"method": cell.method, "strength": cell.strength, "seed": cell.seed}
-            shape = measured(kept_log_ratios(bench, cell, reference), rewards)
+            shape = measured(kept_log_ratios(bench, bench.adapter(record), reference), rewards)
             rate = round(record["training"]["win_rates"][experiment.procedure]["value"], 4)
             found.append({"source": "policy", **base, "share_seen": "", "win_rate": rate, **shape})
             print(cell.name, shape, flush=True)

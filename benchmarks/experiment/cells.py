@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ _RECIPE = Path(__file__).parents[2] / "recipes" / "train_reward_model.py"
 _TRAIN_SEED, _MEASURE_SEED, _POLICY_SEED = 1, 2, 1000
 # settings that change no cell's numbers
 _GRID = ("strengths", "others", "seeds", "ablations", "kls")
-# settings by which cells of one and the same policy can differ
+# settings that training does not read
 _MEASURING = ("where", "held_out_draws", "measured")
 
 
@@ -150,11 +150,15 @@ class Bench:
         for path in sorted((self.folder / "cells").glob("*")):
             if read_record(path).get("complete"):
                 record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-                changes = tuple((key, value) for key, value in record["cell"]["changes"])
-                cell = Cell(**{**record["cell"], "changes": changes})
+                cell = cell_of(record)
                 # through JSON: tuples are lists there
                 if json.loads(json.dumps(self.settings(cell))) == record["settings"]:
                     yield path, cell, record
+
+    def adapter(self, record: Mapping[str, Any]) -> Path:
+        """Return the folder of a finished cell's policy, which another cell may have trained."""
+        owner = record.get("policy_of", cell_of(record).name)
+        return self.folder / "cells" / owner / "adapter"
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Return the record of a cell, training and measuring it unless that is done."""
@@ -168,14 +172,16 @@ class Bench:
         ).open()
         path = folder.path / _RECORD
         if not folder.is_complete:
-            adapter = self._adapter_of_another(cell, inputs) or folder.path / "adapter"
+            adapter = folder.path / "adapter"
+            if not (adapter / _TRAINED).exists():
+                adapter = self._adapter_of_another(cell, inputs) or adapter
             trained = self._trained(cell, experiment, adapter)
             start = time.perf_counter()
             record = self._measured(cell, experiment, adapter, folder.path / "draws")
             seconds = {"train": trained["seconds"], "measure": time.perf_counter() - start}
             record |= {"cell": dataclasses.asdict(cell), "seconds": seconds}
             record |= {"settings": settings, "circumstances": trained["circumstances"]}
-            record["n_train"] = len(self.prompts("train"))
+            record |= {"n_train": len(self.prompts("train")), "policy_of": adapter.parent.name}
             write_atomically(path, (json.dumps(record) + "\n").encode("utf-8"))
             folder.finish({"kl": record["training"]["kl"]["value"]})
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -184,13 +190,14 @@ class Bench:
     def _adapter_of_another(self, cell: Cell, inputs: dict[str, str]) -> Path | None:
         """Return the policy of a finished cell that was trained alike and measured otherwise."""
 
-        def policy(of: Cell) -> tuple[Any, ...]:
-            trained = {k: v for k, v in self.settings(of).items() if k not in _MEASURING}
-            return of.method, of.strength, of.seed, trained
+        def training_of(one: Cell) -> tuple[Any, ...]:
+            read = {k: v for k, v in self.settings(one).items() if k not in _MEASURING}
+            return one.method, one.strength, one.seed, read
 
+        wanted = training_of(cell), inputs
         for path, other, _ in self._finished():
-            known = (path / "adapter" / _TRAINED).exists()
-            if known and policy(other) == policy(cell) and read_record(path)["inputs"] == inputs:
+            found = training_of(other), read_record(path)["inputs"]
+            if found == wanted and (path / "adapter" / _TRAINED).exists():
                 return path / "adapter"
         return None
 
@@ -255,6 +262,12 @@ class Bench:
             )
             for judge in JUDGES
         }
+
+
+def cell_of(record: Mapping[str, Any]) -> Cell:
+    """Return the cell of a record, as it was before it became JSON."""
+    changes = tuple((key, value) for key, value in record["cell"]["changes"])
+    return Cell(**{**record["cell"], "changes": changes})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

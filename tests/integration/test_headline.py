@@ -186,7 +186,8 @@ def test_a_policy_measured_elsewhere_is_not_trained_again(bench, experiment, mon
     from experiment.settings import Cell
 
     bench = type(bench)(experiment, bench.model, bench.runs, "harmless_measured")
-    held_out = bench.run(Cell("bonbon", 2.0, 5))
+    main = Cell("bonbon", 2.0, 5)
+    held_out = bench.run(main)
     train = Cell("bonbon", 2.0, 5, "train_prompts", (("where", "train"),))
     other = Cell("bonbon", 2.0, 5, "rank", (("where", "train"), ("lora_r", 2)))
     monkeypatch.setattr(type(bench), "_train", None)
@@ -194,9 +195,26 @@ def test_a_policy_measured_elsewhere_is_not_trained_again(bench, experiment, mon
         with pytest.raises(TypeError, match="not callable"):  # would be trained
             bench.run(unlike)
     record = bench.run(train)
-    assert not (bench.folder / "cells" / train.name / "adapter").exists()
+    cells = bench.folder / "cells"
+    assert not (cells / train.name / "adapter").exists()
+    assert bench.adapter(record) == bench.adapter(held_out) == cells / main.name / "adapter"
     assert record["seconds"]["train"] == held_out["seconds"]["train"]
     assert record["training"]["kl"] != held_out["training"]["kl"]
+
+
+def test_a_policy_that_a_cell_has_trained_is_the_one_it_measures(bench, experiment, monkeypatch):
+    """Killed after its training, while the same policy was trained and measured elsewhere."""
+    from experiment.settings import Cell
+
+    bench = type(bench)(experiment, bench.model, bench.runs, "harmless_measured")
+    bench.run(Cell("bonbon", 2.0, 5))
+    cell = Cell("bonbon", 2.0, 5, "again", (("where", "train"), ("held_out_draws", 6)))
+    with monkeypatch.context() as patched:
+        patched.setattr(type(bench), "_measured", None)
+        patched.setattr(type(bench), "_adapter_of_another", lambda *_: None)
+        with pytest.raises(TypeError, match="not callable"):
+            bench.run(cell)
+    assert bench.adapter(bench.run(cell)) == bench.folder / "cells" / cell.name / "adapter"
 
 
 def test_results_are_of_every_finished_cell_of_these_settings(bench, experiment):
