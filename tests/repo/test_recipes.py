@@ -88,9 +88,11 @@ def test_the_sweep_shares_the_cells_of_the_grid_around_which_it_is(benchmarks):
     found = dataclasses.asdict(base), dataclasses.asdict(sweep)
     assert {name for name in found[0] if found[0][name] != found[1][name]} <= set(_GRID)
     assert set(base.seeds) == set(sweep.seeds)
-    for method, strengths in base.strengths.items():
-        assert set(strengths) < set(sweep.strengths[method])
-        assert len(sweep.strengths[method]) == 5
+    for theirs, ours in ((base.strengths, sweep.strengths), (base.others, sweep.others)):
+        assert set(theirs) == set(ours)
+        for method, strengths in theirs.items():
+            assert set(strengths) < set(ours[method])
+            assert len(ours[method]) == 5
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda p: p.stem)
