@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +143,14 @@ class Bench:
 
     def finished(self) -> list[dict[str, Any]]:
         """Return the records of all finished cells that have the experiment's settings."""
-        return [record for _, _, record in self._finished()]
-
-    def _finished(self) -> Iterator[tuple[Path, Cell, dict[str, Any]]]:
-        """Yield folder, cell and record of what :meth:`finished` returns."""
+        records = []
         for path in sorted((self.folder / "cells").glob("*")):
             if read_record(path).get("complete"):
                 record = json.loads((path / _RECORD).read_text(encoding="utf-8"))
-                cell = cell_of(record)
                 # through JSON: tuples are lists there
-                if json.loads(json.dumps(self.settings(cell))) == record["settings"]:
-                    yield path, cell, record
+                if json.loads(json.dumps(self.settings(cell_of(record)))) == record["settings"]:
+                    records.append(record)
+        return records
 
     def adapter(self, record: Mapping[str, Any]) -> Path:
         """Return the folder of a finished cell's policy, which another cell may have trained."""
@@ -195,10 +192,11 @@ class Bench:
             return one.method, one.strength, one.seed, read
 
         wanted = training_of(cell), inputs
-        for path, other, _ in self._finished():
-            found = training_of(other), read_record(path)["inputs"]
-            if found == wanted and (path / "adapter" / _TRAINED).exists():
-                return path / "adapter"
+        for record in self.finished():
+            other, adapter = cell_of(record), self.adapter(record)
+            known = read_record(self.folder / "cells" / other.name)["inputs"]
+            if (training_of(other), known) == wanted and (adapter / _TRAINED).exists():
+                return adapter
         return None
 
     def _trained(self, cell: Cell, experiment: Experiment, output: Path) -> dict[str, Any]:
