@@ -39,9 +39,15 @@ def check_integer(name: str, value: object, minimum: int, owner: str = "") -> in
 
 
 def check_source(name: str, value: str | Path) -> None:
-    """Raise where a name is empty, as of an unset variable: it is the working directory's."""
+    """Raise where a name is empty (the working directory's), or a path that is not there."""
+    rule = f"{name} must be a file, a folder or a hub name; got {str(value)!r}"
     if not value:
-        raise ValueError(f"{name} must be a file, a folder or a hub name; got {value!r}. Name it.")
+        raise ValueError(f"{rule}. Name it.")
+    path = Path(value)
+    # names of the hub have two parts at most
+    is_path = path.is_absolute() or str(value).startswith((".", "~")) or len(path.parts) > 2
+    if is_path and not path.exists():
+        raise ValueError(f"{rule}: no such file or folder. Name one that is there.")
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> str:

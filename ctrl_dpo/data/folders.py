@@ -236,12 +236,13 @@ def read_rows(source: str | Path) -> Dataset:
         return read_shards(path)
     if path.is_file():
         return read_file(path)
-    if path.is_dir() or "/" not in str(source) or path.is_absolute() or len(path.parts) > 2:
-        if not path.is_dir():
-            raise ValueError(
-                f"data must be a file, a folder or a hub name; got {str(source)!r}: no such file."
-            )
+    if path.is_dir():
         return read_folder(path)
+    if "/" not in str(source):
+        raise ValueError(
+            f"data must be a file, a folder or a hub name; got {str(source)!r}: no such file or "
+            "folder. Name one that is there; a hub data set's name has its owner's before it."
+        )
     return datasets.load_dataset(str(source), split="train")
 
 

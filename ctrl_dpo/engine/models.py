@@ -30,6 +30,7 @@ def load_tokenizer(name: str | Path) -> Any:
             "the tokenizer (processing_class in training) must be given for a model that was made "
             f"in memory; got one named {name!r}, which leads to no tokenizer. Give the model's."
         )
+    check_source("tokenizer", name)
     return AutoTokenizer.from_pretrained(str(name))
 
 
@@ -106,10 +107,12 @@ def load_model(
     Raises
     ------
     ValueError
-        If ``dtype`` is unknown, or ``name`` holds a GGUF file, which cannot be combined with int8.
+        If ``name`` is a path that is not there, ``dtype`` is unknown, or ``name`` holds a GGUF
+        file, which cannot be combined with int8.
     """
     from transformers import AutoModelForCausalLM
 
+    check_source("model", name)
     place = torch.device(device) if device is not None else default_device()
     torch_dtype = DTYPES[check_choice("dtype", dtype or fast_dtype(place), DTYPES)]
     folder = Path(name)
@@ -206,8 +209,8 @@ def load_policy(
     Raises
     ------
     ValueError
-        If the name is empty, or an adapter names no base model, as one on a model made in memory,
-        and none is given.
+        If the name is empty or a path that is not there, or an adapter names no base model, as
+        one on a model made in memory, and none is given.
     """
     check_source("model", name)
     loading: dict[str, Any] = {
@@ -227,6 +230,7 @@ def load_policy(
                 f"base_model_name_or_path in {Path(name) / ADAPTER_CONFIG} must name the adapter's "
                 f"base model; got {source!r}. Write the model's folder or hub name there."
             )
+        check_source(f"base model of the adapter {str(name)!r}", source)
         model = load_model(source, **loading)
         policy = PeftModel.from_pretrained(model, str(name), is_trainable=trainable).eval()
         speed_up_adapters(policy)  # the products of training: the policy drawn is the one trained

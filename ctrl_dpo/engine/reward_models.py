@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ctrl_dpo._validation import check_choice
+from ctrl_dpo._validation import check_choice, check_source
 from ctrl_dpo.data.folders import folder_hash
 from ctrl_dpo.data.hashes import known_file_hash
 from ctrl_dpo.engine.models import DTYPES, context_length, default_device, load_tokenizer
@@ -33,7 +33,8 @@ class SequenceRewardModel:
     Raises
     ------
     ValueError
-        If the checkpoint has another number of outputs than one, or no padding token.
+        If the checkpoint is a path that is not there, or has another number of outputs than one,
+        or no padding token.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class SequenceRewardModel:
         self.name = str(name)
         self.dtype = check_choice("dtype", dtype, DTYPES)
         self.device = torch.device(device) if device is not None else default_device()
+        check_source("reward", name)
         config = AutoConfig.from_pretrained(self.name)
         if config.num_labels != 1:
             raise ValueError(

@@ -18,7 +18,8 @@ from ctrl_dpo.data.folders import (
     run_once,
 )
 from ctrl_dpo.data.hashes import model_hash
-from ctrl_dpo.engine.models import load_policy
+from ctrl_dpo.engine.models import load_model, load_policy, load_tokenizer
+from ctrl_dpo.score import load_reward
 
 
 def rows(*values: int) -> datasets.Dataset:
@@ -203,3 +204,18 @@ def test_locks_and_parts_of_files_are_no_work(tmp_path):
 def test_an_empty_name_is_not_the_working_directory(read):
     with pytest.raises(ValueError, match="must be a file, a folder or a hub name; got ''"):
         read("")
+
+
+@pytest.mark.parametrize("source", ["runs/absent/model", "./model", "~/model", "/absent"])
+@pytest.mark.parametrize(
+    "read",
+    [read_rows, content_hash, model_hash, load_model, load_policy, load_tokenizer, load_reward],
+)
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(read, source):
+    with pytest.raises(ValueError, match=rf"got '{source}': no such file or folder"):
+        read(source)
+
+
+def test_a_name_without_an_owner_is_no_data_set():
+    with pytest.raises(ValueError, match=r"got 'train\.jsonl': no such file or folder"):
+        read_rows("train.jsonl")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -113,6 +115,14 @@ def test_a_moved_base_can_be_named(tiny_model_folder, adapter_folder, tmp_path):
     moved.symlink_to(tiny_model_folder)
     policy = load_policy(adapter_folder, dtype="float32", base=moved)
     assert policy.get_base_model().name_or_path == str(moved)
+
+
+def test_a_base_that_has_moved_is_named(adapter_folder):
+    settings = adapter_folder / "adapter_config.json"
+    recorded = json.loads(settings.read_text())
+    settings.write_text(json.dumps(recorded | {"base_model_name_or_path": "/old/base"}))
+    with pytest.raises(ValueError, match=r"base model of the adapter .* got '/old/base': no such"):
+        load_policy(adapter_folder)
 
 
 def test_a_gguf_folder_is_refused_with_the_remedy(tmp_path):
