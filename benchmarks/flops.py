@@ -11,6 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
+def _product(total: Any, left: Any, right: Any, *args: Any, **kwargs: Any) -> int:
+    rows, inner = left
+    return 2 * int(rows * inner * right[1])
+
+
 def _sdpa(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_flop_count(query, key, value)
 
@@ -20,11 +25,12 @@ def _sdpa_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kw
 
 
 def count_flops() -> FlopCounterMode:
-    """Count products, attention on a processor included, which torch's own table leaves out."""
+    """Count products, in place and of attention on a processor too, which torch's table has not."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            aten.addmm_: _product,
             aten._scaled_dot_product_flash_attention_for_cpu: _sdpa,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward,
         },
