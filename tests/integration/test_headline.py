@@ -255,6 +255,7 @@ def test_the_learned_share_is_that_of_normals(parts, procedure):
 def test_a_folder_of_other_prompts_or_rewards_is_refused(parts, bench, experiment):
     from experiment.cells import Bench
 
+    bench.prompts("train")  # is in the folder, whichever test runs first
     changed = dataclasses.replace(experiment, n_train=5)
     other = type(bench)(changed, bench.model, bench.runs, "harmless_tiny")
     with pytest.raises(ValueError, match=r"train_prompts.jsonl must be that .* another --runs"):
