@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from experiment.methods import METHODS
-from experiment.results import curve_of
+from experiment.results import curve_of, flat
 from experiment.settings import Experiment
 from learned_shape import NUMBERS, log_ratios, measured
 from recording import circumstances, merge_rows
@@ -121,7 +121,7 @@ def train(cell: Cell) -> Any:
         task=NAME,
         procedure=PROCEDURE,
         prompts="",
-        prompts_hub=("", ""),
+        prompts_hub=("", "", ""),
         n_train=cell.groups,
         n_held_out=PROMPTS,
         max_prompt_tokens=PROMPT,
@@ -190,18 +190,39 @@ def curves(found: Sequence[Record], count: int) -> dict[str, Curve]:
     return {method: curve_of(settings) for method, settings in points.items()}
 
 
-def comparison(found: Sequence[Record]) -> str:
-    """Return the table of win rates at the KL, per number of groups."""
+def comparison(found: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return win rates at the KL, per number of groups."""
     rows = []
     for count in sorted({record["row"]["groups"] for record in found}):
         of = curves(found, count)
-        for method, curve in of.items():
-            own = win_rate_at_kl(curve, KL, PROCEDURE)
-            less = difference_at_kl(of["optimal"], curve, KL, PROCEDURE)
-            shown = [cell(own, "{:.1%}"), "" if method == "optimal" else cell(less, "{:+.1%}")]
-            rows.append([str(count), method, *shown])
-    header = ["groups", "method", f"at {KL:g} nat", "optimal minus it"]
-    return table(header, rows)
+        rows += [
+            {
+                "groups": count,
+                "seeds": len({r["row"]["seed"] for r in found if r["row"]["groups"] == count}),
+                "kl": KL,
+                "method": method,
+                "win_rate": win_rate_at_kl(curve, KL, PROCEDURE),
+                "ours_minus_method": None
+                if method == "optimal"
+                else difference_at_kl(of["optimal"], curve, KL, PROCEDURE),
+            }
+            for method, curve in of.items()
+        ]
+    return rows
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    """Write the comparison as a Markdown table."""
+    lines = [
+        [
+            str(row["groups"]),
+            row["method"],
+            cell(row["win_rate"], "{:.1%}"),
+            cell(row["ours_minus_method"], "{:+.1%}"),
+        ]
+        for row in rows
+    ]
+    return table(["groups", "method", f"at {KL:g} nat", "optimal minus it"], lines)
 
 
 def main() -> None:
@@ -221,7 +242,9 @@ def main() -> None:
     merge_rows(NAME, [record["row"] for record in found], _KEY)
     shown = [*_KEY, "kl", "win_rate", "attainment", *NUMBERS]
     print(table(shown, [[str(record["row"][name]) for name in shown] for record in found]))
-    print(f"\n{comparison(found)}")
+    rows = comparison(found)
+    merge_rows(f"{NAME}_equal_kl", flat(rows, circumstances()), ("groups", "seeds", "method"))
+    print(f"\n{page(rows)}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ Trains two reward models, draws from the reference policy, and trains and measur
 like, and start it again. `--jobs 2` runs two cells at a time, which is faster on two cores.
 `--quick` is the methods that matter most, one seed if the file does not say more; `--others` adds
 the rest, `--seeds 0 1` a second seed. Each finished cell adds to `results/headline.csv`, to the
-comparison in `results/headline_equal_kl.csv` and to the figure. `--list` says what is done and what
-is not; `--table` writes the results again without running anything.
+comparisons in `results/headline_equal_kl.csv` (win rates) and `results/headline_learned.csv` (share
+of the reward that was learned) and to the figure. `--list` says what is done and what is not;
+`--table` writes the results again without running anything. MODEL is a folder or a hub name, such
+as HuggingFaceTB/SmolLM2-135M-Instruct; figures need `pip install -e '.[plots]'`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from experiment.results import (
     figure,
     flat,
     learned,
+    learned_rows,
+    main_cells,
     policies,
 )
 from experiment.settings import Cell, Experiment
@@ -34,9 +38,11 @@ from recording import RESULTS, circumstances, merge_rows
 
 from ctrl_dpo._validation import check_choice, check_integer
 from ctrl_dpo.data.folders import read_record
+from ctrl_dpo.measures.figure_style import matplotlib_or_remedy
 
 _CELL = ("task", "ablation", "method", "strength", "seed", "changes", "n_train", "n_draws")
 _POINT = ("task", "n_train", "n_prompts", "n_draws", "judge", "procedure", "kl", "method")
+_SHARE = ("task", "n_train", "n_prompts", "n_draws", "judge", "method", "strengths", "seeds")
 
 
 def write_results(bench: Bench, name: str) -> str:
@@ -44,15 +50,18 @@ def write_results(bench: Bench, name: str) -> str:
     experiment, records = bench.experiment, bench.finished()
     if not records:
         return "no cell is finished"
-    merge_rows("headline", cell_rows(experiment, records), _CELL)
-    rows = equal_kl_rows(experiment, records)
+    merge_rows("headline", cell_rows(experiment, records, bench.accuracies), _CELL)
+    if not main_cells(records):
+        return policies(experiment, records)
+    rows, shares = equal_kl_rows(experiment, records), learned_rows(experiment, records)
     merge_rows("headline_equal_kl", flat(rows, circumstances()), _POINT)
+    merge_rows("headline_learned", flat(shares, circumstances()), _SHARE)
     picture = figure(experiment, records, RESULTS / f"{name}.png")
     parts = [
         f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
         for kl in experiment.kls
     ]
-    share = f"Share of the reward that was learned:\n\n{learned(experiment, records)}"
+    share = f"Share of the reward that was learned:\n\n{learned(shares)}"
     return "\n\n".join([policies(experiment, records), *parts, share, str(picture)])
 
 
@@ -84,6 +93,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
     check_integer("--jobs", args.jobs, 1)
+    matplotlib_or_remedy()  # before hours of work, not after them
     if args.limit is not None:
         check_integer("--limit", args.limit, 1)
     bench = open_bench(args)

@@ -17,11 +17,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from experiment.learned import learned_share, share_of
 from numpy.typing import NDArray
 from recording import append_rows
 from scipy import stats
 
-from ctrl_dpo.evaluate import inference_win_rate, kl_divergence, paired_difference
+from ctrl_dpo._validation import check_choice
+from ctrl_dpo.evaluate import (
+    attainment,
+    attainment_interval,
+    inference_win_rate,
+    kl_divergence,
+    paired_difference,
+)
 from ctrl_dpo.measures.equal_kl import Curve, difference_at_kl
 from ctrl_dpo.measures.estimates import Estimate
 from ctrl_dpo.measures.tables import table
@@ -93,6 +101,25 @@ def equal_kl(n: int, draws: int, skew: bool, rng: np.random.Generator) -> Any:
     return difference_at_kl(*made, kl=1.0, procedure="best_of_4"), truth[0] - truth[1]
 
 
+def of_win_rate_and_kl(n: int, draws: int, skew: bool, rng: np.random.Generator) -> Any:
+    """Return the estimates that attainment and learned share are made of, and what they expect."""
+    rate, won = win_rate("best_of_4", n, draws, skew, rng)
+    paid, spent = kl(n, draws, skew, rng)
+    return rate, paid, won, spent
+
+
+def attained(*sample: Any) -> Any:
+    rate, paid, won, spent = of_win_rate_and_kl(*sample)
+    return attainment_interval(rate, paid, "best_of_4"), attainment(won, spent, "best_of_4")
+
+
+def learned(*sample: Any) -> Any:
+    rate, paid, won, spent = of_win_rate_and_kl(*sample)
+    curve = Curve(paid.per_prompt[None], rate.per_prompt[None])
+    truth = share_of(np.array(won), np.array(spent), "best_of_4")
+    return learned_share([curve], "best_of_4"), float(truth)
+
+
 def others(values: FloatArray, seed: int) -> dict[str, tuple[float, float]]:
     """Return the intervals of a mean that are usual elsewhere."""
     found = {}
@@ -128,16 +155,24 @@ def coverage(make: Callable[..., Any], n: int, draws: int, skew: bool, runs: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--measures", nargs="*", help="only these")
     args = parser.parse_args()
     measures: dict[str, Callable[..., Any]] = {
         **{f"win rate, {p}": lambda *a, procedure=p: win_rate(procedure, *a) for p in PROCEDURES},
         "KL": kl,
         "paired difference": difference,
         "difference at equal KL": equal_kl,
+        "attainment": attained,
+        "learned share": learned,
     }
+    for name in args.measures or ():
+        check_choice("--measures", name, sorted(measures))
+    chosen = [
+        (name, make) for name, make in measures.items() if name in (args.measures or measures)
+    ]
     rows = []
     sizes = ((32, 16), (64, 16), (128, 32))
-    for (name, make), (n, draws), skew in itertools.product(measures.items(), sizes, (False, True)):
+    for (name, make), (n, draws), skew in itertools.product(chosen, sizes, (False, True)):
         found = coverage(make, n, draws, skew, args.runs)
         row = {"measure": name, "n_prompts": n, "n_draws": draws, "skew": skew, "runs": args.runs}
         row |= {m: found.get(m, "") for m in ("ours", "percentile", "BCa", "t")}

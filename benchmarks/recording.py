@@ -75,10 +75,14 @@ def circumstances() -> dict[str, str]:
 
     Results that were written since the commit do not make it `-dirty`: they change no number.
     """
+    import torch  # here, not above: it would count as memory of benchmarks that do without it
+
+    units = torch.cpu.get_capabilities()
+    kind = next((name for name in ("amx_bf16", "avx512_bf16", "avx512_f") if units.get(name)), "")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
     commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": ", ".join(filter(None, (platform.machine(), f"{os.cpu_count()} cores", kind))),
         "versions": json.dumps(installed_versions(), sort_keys=True),
         "commit": commit,
         "date": datetime.datetime.now(tz=datetime.timezone.utc).strftime("%Y-%m-%d"),

@@ -102,6 +102,16 @@ class Bench:
         subprocess.run([sys.executable, *words], check=True)
         return str(output)
 
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """The accuracy of each trained reward model on the pairs it was not trained on."""
+        found = {}
+        for judge, name in self.reward_models.items():
+            if (path := Path(name) / _REWARD).exists():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                found[judge] = round(record["accuracy"], 4)
+        return found
+
     @functools.cached_property
     def all_prompts(self) -> dict[str, Dataset]:
         """The prompts of each split."""

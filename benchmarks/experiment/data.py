@@ -19,17 +19,17 @@ from experiment.settings import Experiment
 _SPLIT_SEED = 0
 
 
-def source_name(path: str, hub: tuple[str, str]) -> str:
+def source_name(path: str, hub: tuple[str, str, str]) -> str:
     """Name what :func:`source` reads."""
     return Path(path).name if Path(path).exists() else "/".join(hub)
 
 
-def source(path: str, hub: tuple[str, str]) -> Dataset:
-    """Read a local file or, where there is none, a folder of a hub data set."""
+def source(path: str, hub: tuple[str, str, str]) -> Dataset:
+    """Read a local file or, where there is none, a split of a folder of a hub data set."""
     if Path(path).exists():
         return read_rows(path)
-    name, folder = hub
-    return datasets.load_dataset(name, data_dir=folder, split="train")
+    name, folder, split = hub
+    return datasets.load_dataset(name, data_dir=folder, split=split)
 
 
 def first_turns(rows: Dataset) -> list[list[dict[str, str]]]:

@@ -34,7 +34,9 @@ OURS = "optimal"
 SHOWN = ("single_draw", "best_of_4", "best_of_8", "worst_of_4")
 
 
-def cell_rows(experiment: Experiment, records: Iterable[Record]) -> list[dict[str, Any]]:
+def cell_rows(
+    experiment: Experiment, records: Iterable[Record], accuracies: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """Return one row a cell: win rates under both reward models, KL, attainment, length."""
     served, rows = experiment.procedure, []
     for record in records:
@@ -57,6 +59,7 @@ def cell_rows(experiment: Experiment, records: Iterable[Record]) -> list[dict[st
             curve = Curve(*(np.array([v]) for v in _per_prompt(record, judge, served)))
             share = learned_share([curve], served)
             row |= _interval(f"{judge} r2", share)
+            row[f"{judge} accuracy"] = accuracies.get(judge, "")
         for procedure, share in measured["attainment"].items():
             row |= _interval(f"attainment {procedure}", share)
         row["length"] = round(measured["length"]["value"], 2)
@@ -80,32 +83,67 @@ def _per_prompt(record: Record, judge: str, procedure: str) -> list[list[float]]
     return [numbers["per_prompt"] for numbers in pair]
 
 
-def learned(experiment: Experiment, records: Iterable[Record]) -> str:
-    """Compare how much of the reward the methods' policies have learned, as a Markdown table."""
-    made = [curves(records, judge, experiment.procedure) for judge in JUDGES]
+def learned_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Compare how much of each reward the methods' policies have learned, on average."""
+    rows = []
+    procedure = experiment.procedure
+    for judge in JUDGES:
+        found = curves(records, judge, procedure)
+        for method, curve in found.items():
+            both = [found[OURS], curve] if method != OURS and OURS in found else None
+            rows.append(
+                {
+                    **_data(experiment, records, method),
+                    "judge": judge,
+                    "procedure": procedure,
+                    "method": method,
+                    "strengths": len(curve.kls),
+                    "r2": learned_share([curve], procedure),
+                    "ours_minus_method": None if both is None else learned_share(both, procedure),
+                }
+            )
+    return rows
+
+
+def learned(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write what :func:`learned_rows` returns as a Markdown table."""
+    by = {(row["method"], row["judge"]): row for row in rows}
     lines = []
-    for method in made[0]:
-        cells = []
-        for found in made:
-            pair = [found[method]]
-            cells.append(text_of(learned_share(pair, experiment.procedure), "{:.3f}"))
-            both = [found[OURS], *pair] if method != OURS and OURS in found else None
-            less = None if both is None else learned_share(both, experiment.procedure)
-            cells.append(text_of(less, "{:+.3f}"))
-        lines.append([method, str(len(made[0][method].kls)), *cells])
+    for method in dict.fromkeys(method for method, _ in by):
+        line = [method, str(by[method, JUDGES[0]]["strengths"])]
+        for judge in JUDGES:
+            row = by[method, judge]
+            line.append(text_of(row["r2"], "{:.3f}"))
+            line.append(text_of(row["ours_minus_method"], "{:+.3f}"))
+        lines.append(line)
     heads = (f"r2, {judge} reward" for judge in JUDGES)
     columns = itertools.chain.from_iterable((head, f"{OURS} minus method") for head in heads)
     return table(["method", "strengths", *columns], lines)
 
 
+def _data(experiment: Experiment, records: Sequence[Record], method: str) -> dict[str, Any]:
+    """Return what every row of a comparison says of its data."""
+    cells = [record["cell"] for record in main_cells(records)]
+    measured = records[0]["training"]
+    return {
+        "task": experiment.task,
+        "n_train": records[0]["n_train"],
+        "seeds": len({cell["seed"] for cell in cells if cell["method"] == method}),
+        **{name: measured[name] for name in ("n_prompts", "n_draws")},
+    }
+
+
+def main_cells(records: Iterable[Record]) -> list[Record]:
+    """Return the records of the comparison itself, without ablations."""
+    return [record for record in records if record["cell"]["ablation"] == "main"]
+
+
 def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, Curve]:
     """Return the curve of each method of the main comparison, seeds of a strength averaged."""
     points: dict[str, dict[float, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        cell = record["cell"]
-        if cell["ablation"] == "main":
-            found = _per_prompt(record, judge, procedure)
-            points[cell["method"]][cell["strength"]].append(found)
+    for record in main_cells(records):
+        cell, found = record["cell"], _per_prompt(record, judge, procedure)
+        points[cell["method"]][cell["strength"]].append(found)
     return {method: curve_of(strengths) for method, strengths in points.items()}
 
 
@@ -118,11 +156,6 @@ def curve_of(settings: Mapping[Any, Sequence[Any]]) -> Curve:
 def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Compare every method with ours at equal measured KL, by procedure and reward model."""
     rows = []
-    size = {k: records[0]["training"][k] for k in ("n_prompts", "n_draws")}
-    seeds = defaultdict(set)
-    for record in records:
-        if record["cell"]["ablation"] == "main":
-            seeds[record["cell"]["method"]].add(record["cell"]["seed"])
     for judge in JUDGES:
         for procedure in experiment.measured:
             found = curves(records, judge, procedure)
@@ -134,10 +167,7 @@ def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dic
                         less = difference_at_kl(found[OURS], curve, kl, procedure)
                     rows.append(
                         {
-                            "task": experiment.task,
-                            "n_train": records[0]["n_train"],
-                            "seeds": len(seeds[method]),
-                            **size,
+                            **_data(experiment, records, method),
                             "judge": judge,
                             "procedure": procedure,
                             "kl": kl,
@@ -154,12 +184,13 @@ def flat(rows: Iterable[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[di
     """Lay intervals out as columns, for a file."""
     made = []
     for row in rows:
-        line: dict[str, Any] = {k: v for k, v in row.items() if not isinstance(v, dict)}
-        for name in ("win_rate", "ours_minus_method"):
-            ends = row[name] or dict.fromkeys(("value", "low", "high"), "")
-            line.pop(name, None)
-            line |= {f"{name} {end}": round(v, 4) if v != "" else "" for end, v in ends.items()}
-        line["reach"] = round(row["reach"], 4)
+        line: dict[str, Any] = {}
+        for name, found in row.items():
+            if name in ("win_rate", "r2", "ours_minus_method"):
+                ends = found or dict.fromkeys(("value", "low", "high"), "")
+                line |= {f"{name} {end}": v and round(v, 4) for end, v in ends.items()}
+            else:
+                line[name] = round(found, 4) if isinstance(found, float) else found
         made.append(line | extra)
     return made
 
@@ -242,7 +273,8 @@ def _curve_figure(
     made, axes = panels(len(drawn), title, share_y=True)
     for axis, (procedure, found) in zip(axes, drawn.items(), strict=True):
         frontier = [(r["kl"], 100 * r["win_rate"]) for r in rows if r["procedure"] == procedure]
-        axis.plot(*zip(*frontier, strict=True), color="black", label="exact optimum (upper limit)")
+        limit = "exact optimum (upper limit)"
+        axis.plot(*zip(*frontier, strict=True), color="0.6", linewidth=4, label=limit)
         for number, (method, curve) in enumerate(found.items()):
             kls, rates = _joined(curve)
             axis.plot(

@@ -52,13 +52,14 @@ class Cell:
 class Experiment:
     """What a YAML file of `headline.py` sets; see `recipes/configs/headline_harmless.yaml`.
 
-    Every field but the last four changes the numbers of a cell, and can be changed in an ablation.
+    Every field but `kls` and the last four changes the numbers of a cell, and an ablation can
+    change it.
     """
 
     task: str
     procedure: str
     prompts: str
-    prompts_hub: tuple[str, str]
+    prompts_hub: tuple[str, str, str]  # data set, folder, split
     n_train: int
     n_held_out: int
     max_prompt_tokens: int
@@ -70,7 +71,7 @@ class Experiment:
     training: Mapping[str, Any]
     kls: tuple[float, ...]
     pairs: str = ""  # of the reward models; unused where rewards are functions
-    pairs_hub: tuple[str, str] = ("", "")
+    pairs_hub: tuple[str, str, str] = ("", "", "")
     extremes: int | None = None
     anchor: float = 0.0
     loss: str = "squared"

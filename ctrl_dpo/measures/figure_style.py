@@ -33,16 +33,21 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(draw)
     def in_style(*args: Any, **options: Any) -> Figure:
-        try:
-            import matplotlib as mpl
-        except ImportError as error:
-            raise ImportError(
-                "figures must have matplotlib; got none. Run: pip install 'ctrl-dpo[plots]'"
-            ) from error
-        with mpl.rc_context(_STYLE):
+        with matplotlib_or_remedy().rc_context(_STYLE):
             return draw(*args, **options)
 
     return in_style
+
+
+def matplotlib_or_remedy() -> Any:
+    """Return matplotlib, or say how to install it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            "figures must have matplotlib; got none. Run: pip install 'ctrl-dpo[plots]'"
+        ) from error
+    return matplotlib
 
 
 def panels(n: int, title: str, share_y: bool = False) -> tuple[Figure, list[Axes]]:

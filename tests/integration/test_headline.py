@@ -111,6 +111,10 @@ def test_cells_run_once_and_share_their_draws(bench, experiment, monkeypatch, tm
     assert sorted(row["method"] for row in rows) == ["bonbon", "optimal"]
     assert float(rows[0]["kl"]) == round(first[1]["training"]["kl"]["value"], 4)
     assert len((tmp_path / "headline_equal_kl.csv").read_text().splitlines()) == 9
+    shares = list(csv.DictReader((tmp_path / "headline_learned.csv").read_text().splitlines()))
+    assert [row["judge"] for row in shares] == ["judging"] * 2 + ["training"] * 2
+    (bonbon,) = (r for r in shares if (r["judge"], r["method"]) == ("training", "bonbon"))
+    assert bonbon["r2 value"] == rows[0]["training r2"]  # of its one policy
     assert (tmp_path / "tiny.png").stat().st_size > 10_000
 
 
@@ -228,6 +232,36 @@ def test_results_are_of_every_finished_cell_of_these_settings(bench, experiment)
         assert {r["n_train"] for r in found} <= {6}
 
 
+def test_an_ablation_alone_gives_a_table_and_no_comparison(
+    bench, experiment, monkeypatch, tmp_path
+):
+    """As `--only` does in a folder where nothing else is finished."""
+    import headline
+
+    monkeypatch.setattr("recording.RESULTS", tmp_path)
+    monkeypatch.setattr("headline.RESULTS", tmp_path)
+    record = bench.run(next(experiment.cells()))
+    alone = {**record, "cell": {**record["cell"], "ablation": "anchor"}}
+    monkeypatch.setattr(type(bench), "finished", lambda self: [alone])
+    assert "| optimal 1, seed 0 (anchor) " in headline.write_results(bench, "tiny")
+    assert sorted(path.name for path in tmp_path.glob("*.csv")) == ["headline.csv"]
+
+
+def test_a_split_of_the_hub_is_read_where_there_is_no_file(parts, tmp_path):
+    """The slice that a configuration names, of the folder that it names."""
+    from experiment.data import source, source_name
+
+    for folder, split in (("part", "test"), ("part", "train"), ("other", "test")):
+        rows = "".join(json.dumps({"row": f"{folder} {split} {i}"}) + "\n" for i in range(5))
+        path = tmp_path / "hub" / folder / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(rows)
+    hub = (str(tmp_path / "hub"), "part", "test[:2]")
+    assert source("nowhere.jsonl", hub)["row"][:] == ["part test 0", "part test 1"]
+    assert source_name("nowhere.jsonl", hub).endswith("hub/part/test[:2]")
+    assert source(str(tmp_path / "hub" / "other" / "test.jsonl"), hub).num_rows == 5
+
+
 @pytest.mark.parametrize("procedure", ["single_draw", "best_of_4", "worst_of_4"])
 def test_the_learned_share_is_that_of_normals(parts, procedure):
     """Share 0.3 at 0.8 nat: the win rate of 400,000 simulated draws; for one draw a closed form."""
@@ -270,7 +304,9 @@ def test_a_folder_of_other_prompts_or_rewards_is_refused(parts, bench, experimen
     real = Bench(of_known, bench.model, bench.runs, "harmless_tiny")
     with pytest.raises(ValueError, match=r"reward_training must be .* trained with {'layers': 5}"):
         _ = real.reward_models
-    pairs = dataclasses.replace(experiment, pairs="nowhere.jsonl", pairs_hub=("other", "part"))
+    pairs = dataclasses.replace(
+        experiment, pairs="nowhere.jsonl", pairs_hub=("other", "part", "test")
+    )
     with pytest.raises(ValueError, match=r"pairs.json must be that of this experiment"):
         _ = Bench(pairs, bench.model, bench.runs, "harmless_tiny").reward_models
 
