@@ -230,27 +230,35 @@ class Bench:
             str(output),
             seed=cell.seed,
             load_in_8bit=experiment.load_in_8bit,
+            model_dtype=_dtype(experiment),
             reference_cache=str(self.folder / "reference_logps"),
             save_strategy="no",
             report_to="none",
             **config,
         )
-        rank = experiment.lora_r
-        adapter = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        trainer = job.trainer(
+            self.model,
+            args,
+            job.data,
+            ref_model=self._reference(experiment),
+            peft_config=_adapter(experiment.lora_r),
         )
-        trainer = job.trainer(self.model, args, job.data, peft_config=adapter)
         trainer.train()
         trainer.save_model()
+
+    def _reference(self, experiment: Experiment) -> str | None:
+        """Name the reference policy of a model that is trained whole; an adapter is its own."""
+        return None if experiment.lora_r else self.model
 
     def _measured(
         self, cell: Cell, experiment: Experiment, adapter: Path, output: Path
     ) -> dict[str, Any]:
         """Measure the policy of a cell by fresh draws, under both reward models."""
         reference = self.reference_draws(experiment.where, experiment, measured=True)
+        in_8bit, dtype = experiment.load_in_8bit, _dtype(experiment)
         drawn = sample(
             self.prompts(experiment.where, measured=True),
-            load_policy(adapter, load_in_8bit=experiment.load_in_8bit),
+            load_policy(adapter, load_in_8bit=in_8bit, dtype=dtype),
             Sampler(
                 experiment.held_out_draws,
                 experiment.max_new_tokens,
@@ -259,6 +267,7 @@ class Bench:
             tokenizer=self.tokenizer,
             output=output,
             log_ratios=True,
+            reference=self._reference(experiment),
         )
         name = f"{cell.method} {cell.strength:g}"
         return {
@@ -270,6 +279,20 @@ class Bench:
             )
             for judge in JUDGES
         }
+
+
+def _adapter(rank: int) -> LoraConfig | None:
+    """Return the adapter that is trained; at rank 0 the whole model is."""
+    if rank == 0:
+        return None
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+def _dtype(experiment: Experiment) -> str | None:
+    """Return float32 for a model that is trained whole: bfloat16 rounds its small updates away."""
+    return None if experiment.lora_r else "float32"
 
 
 def cell_of(record: Mapping[str, Any]) -> Cell:

@@ -77,7 +77,7 @@ class Experiment:
     loss: str = "squared"
     estimator: str | None = None
     load_in_8bit: bool = False
-    lora_r: int = 16
+    lora_r: int = 16  # 0: the whole model, in float32
     as_pairs: str | None = None
     where: str = "held_out"
     strengths: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

@@ -17,9 +17,11 @@ import pytest
 import torch
 from datasets import Dataset
 from scipy import stats
+from transformers import AutoModelForCausalLM
 
 import ctrl_dpo
 from ctrl_dpo.data.folders import read_rows
+from ctrl_dpo.data.tokens import prompt_tokens
 from ctrl_dpo.score import score
 
 RECIPES = Path(ctrl_dpo.__file__).parent.parent / "recipes"
@@ -230,6 +232,30 @@ def test_results_are_of_every_finished_cell_of_these_settings(bench, experiment)
         found = [r for r in other.finished() if r["cell"]["ablation"] == "main"]
         assert sorted(r["cell"]["method"] for r in found) == sorted(expected)
         assert {r["n_train"] for r in found} <= {6}
+
+
+def test_rank_0_trains_and_measures_the_whole_model(bench, experiment):
+    """Its log-ratios are those of transformers' own forward passes."""
+    from experiment.settings import Cell
+
+    changes = (("lora_r", 0), ("learning_rate", 1e-3))
+    cell = Cell("optimal", 1.0, 0, "rank", changes)
+    record = bench.run(cell)
+    policy = bench.adapter(record)
+    assert not list(policy.glob("adapter*"))
+    drawn = read_rows(bench.folder / "cells" / cell.name / "draws")
+    models = {"policy": policy, "reference": bench.model}
+    for name, folder in models.items():
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        row = drawn[0]
+        prompt = prompt_tokens(bench.tokenizer, row["prompt"])
+        for ids, expected in zip(row["response_ids"][:3], row[f"{name}_logps"], strict=False):
+            whole = torch.tensor([[*prompt, *ids]])
+            logps = model(whole).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            value = logps.gather(1, torch.tensor(ids)[:, None]).sum().item()
+            assert value == pytest.approx(expected, abs=1e-4)
+    ratios = np.array(drawn["policy_logps"]) - np.array(drawn["reference_logps"])
+    assert record["training"]["kl"]["value"] == pytest.approx(ratios.mean())
 
 
 def test_an_ablation_alone_gives_a_table_and_no_comparison(
