@@ -8,8 +8,10 @@ stationary point, and a scan over log p(1) finds them all.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ _DEAD = -32.0  # log of the mass left below u at which a trajectory ends
 _EXCESS = 0.1  # log of a total mass beyond which a trajectory is of no use
 _LARGE = 600.0
 _JUMP = 1e-2  # log mass mismatch that closing in cannot lower: the integrator missed a fall
+_SOLVERS = threading.local()
 _SCAN = 49  # values of log p(1) tried where uniqueness is not proved
 
 
@@ -85,14 +88,28 @@ def shoot(equation: Equation, log_top: float, tolerance: float = ROUGH) -> Traje
         return -1 if log_above > _EXCESS or log_density + t < _DEAD else 0
 
     start = _start(equation, log_top)
-    solver = ode(derivative).set_integrator("dopri5", rtol=tolerance, atol=tolerance, nsteps=5000)
-    solver.set_solout(record)
+    solver, callbacks = _solver(tolerance)
+    callbacks[:] = derivative, record
     solver.set_initial_value([log_top - math.log1p(math.exp(start)), log_top], start)
     solver.integrate(_LEFT)
     t, log_above, log_density = np.array(path[::-1]).T
     u = 1 / (1 + math.exp(-t[0]))
     mismatch = float(np.logaddexp(log_above[0], log_density[0] + math.log(u)))
     return Trajectory(t, log_density, -np.expm1(log_above), mismatch)
+
+
+def _solver(tolerance: float) -> tuple[Any, list[Callable[..., Any]]]:
+    """Return this thread's solver of a tolerance, and a list of the two callbacks it runs."""
+    # scipy 1.17 never frees a solver's callbacks: one of its own for every shot would keep its path
+    made: dict[float, tuple[Any, list[Callable[..., Any]]]]
+    made = vars(_SOLVERS).setdefault("by_tolerance", {})
+    if tolerance not in made:
+        callbacks: list[Callable[..., Any]] = []
+        solver = ode(lambda t, state: callbacks[0](t, state))
+        solver.set_integrator("dopri5", rtol=tolerance, atol=tolerance, nsteps=5000)
+        solver.set_solout(lambda t, state: callbacks[1](t, state))
+        made[tolerance] = solver, callbacks
+    return made[tolerance]
 
 
 def _start(equation: Equation, log_top: float) -> float:
