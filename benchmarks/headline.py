@@ -42,7 +42,7 @@ from ctrl_dpo.measures.figure_style import matplotlib_or_remedy
 
 _CELL = ("task", "ablation", "method", "strength", "seed", "changes", "n_train", "n_draws")
 _POINT = ("task", "n_train", "n_prompts", "n_draws", "judge", "procedure", "kl", "method")
-_SHARE = ("task", "n_train", "n_prompts", "n_draws", "judge", "method", "strengths", "seeds")
+_SHARE = ("experiment", "judge", "method")
 
 
 def write_results(bench: Bench, name: str) -> str:
@@ -55,7 +55,7 @@ def write_results(bench: Bench, name: str) -> str:
         return policies(experiment, records)
     rows, shares = equal_kl_rows(experiment, records), learned_rows(experiment, records)
     merge_rows("headline_equal_kl", flat(rows, circumstances()), _POINT)
-    merge_rows("headline_learned", flat(shares, circumstances()), _SHARE)
+    merge_rows("headline_learned", flat(shares, {"experiment": name} | circumstances()), _SHARE)
     picture = figure(experiment, records, RESULTS / f"{name}.png")
     parts = [
         f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
@@ -93,7 +93,6 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only write the results")
     args = parser.parse_args()
     check_integer("--jobs", args.jobs, 1)
-    matplotlib_or_remedy()  # before hours of work, not after them
     if args.limit is not None:
         check_integer("--limit", args.limit, 1)
     bench = open_bench(args)
@@ -105,6 +104,7 @@ def main() -> None:
     if args.list:
         print("".join(f"{'open' if c in left else 'done'} {c.name}\n" for c in chosen), end="")
         return
+    matplotlib_or_remedy()  # before hours of work, not after them
     page, failed, ran = "", [], 0
     for cell, done in run_cells(bench, [] if args.table else left, args.jobs):
         if done:

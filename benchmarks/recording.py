@@ -77,7 +77,7 @@ def circumstances() -> dict[str, str]:
     """
     import torch  # here, not above: it would count as memory of benchmarks that do without it
 
-    units = torch.cpu.get_capabilities()
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # later than the oldest torch
     kind = next((name for name in ("amx_bf16", "avx512_bf16", "avx512_f") if units.get(name)), "")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
     commit = _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")

@@ -123,11 +123,11 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _data(experiment: Experiment, records: Sequence[Record], method: str) -> dict[str, Any]:
     """Return what every row of a comparison says of its data."""
-    cells = [record["cell"] for record in main_cells(records)]
-    measured = records[0]["training"]
+    compared = main_cells(records)
+    cells, measured = [record["cell"] for record in compared], compared[0]["training"]
     return {
         "task": experiment.task,
-        "n_train": records[0]["n_train"],
+        "n_train": compared[0]["n_train"],
         "seeds": len({cell["seed"] for cell in cells if cell["method"] == method}),
         **{name: measured[name] for name in ("n_prompts", "n_draws")},
     }

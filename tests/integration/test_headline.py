@@ -256,6 +256,18 @@ def test_rank_0_trains_and_measures_the_whole_model(bench, experiment):
             assert value == pytest.approx(expected, abs=1e-4)
     ratios = np.array(drawn["policy_logps"]) - np.array(drawn["reference_logps"])
     assert record["training"]["kl"]["value"] == pytest.approx(ratios.mean())
+    assert np.abs(ratios).max() > 0.1
+
+
+def test_accuracies_are_those_of_each_reward_model(bench, tmp_path):
+    folders = {judge: tmp_path / judge for judge in ("training", "judging", "function")}
+    for number, folder in enumerate(folders.values()):
+        folder.mkdir()
+        if folder.name != "function":
+            (folder / "reward_model.json").write_text(json.dumps({"accuracy": 0.5 + number / 10}))
+    other = type(bench)(bench.experiment, bench.model, bench.runs, "harmless_tiny")
+    other.reward_models = {judge: str(folder) for judge, folder in folders.items()}
+    assert other.accuracies == {"training": 0.5, "judging": 0.6}
 
 
 def test_an_ablation_alone_gives_a_table_and_no_comparison(
