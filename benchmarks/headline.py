@@ -9,7 +9,8 @@ like, and start it again. `--jobs 2` runs two cells at a time, which is faster o
 `--quick` is the methods that matter most, one seed if the file does not say more; `--others` adds
 the rest, `--seeds 0 1` a second seed. Each finished cell adds to `results/headline.csv`, to the
 comparisons in `results/headline_equal_kl.csv` (win rates) and `results/headline_learned.csv` (share
-of the reward that was learned) and to the figure. `--list` says what is done and what is not;
+of the reward that was learned), if it is an ablation to `results/headline_changed.csv` (that share
+with and without the change), and to the figure. `--list` says what is done and what is not;
 `--table` writes the results again without running anything. MODEL is a folder or a hub name, such
 as HuggingFaceTB/SmolLM2-135M-Instruct; figures need `pip install -e '.[plots]'`.
 """
@@ -21,6 +22,8 @@ import dataclasses
 import sys
 
 from experiment.cells import Bench, add_options, open_bench
+from experiment.changes import changed_rows
+from experiment.changes import page as changes_page
 from experiment.jobs import run_cells
 from experiment.results import (
     cell_rows,
@@ -43,6 +46,7 @@ from ctrl_dpo.measures.figure_style import matplotlib_or_remedy
 _CELL = ("task", "ablation", "method", "strength", "seed", "changes", "n_train", "n_draws")
 _POINT = ("task", "n_train", "n_prompts", "n_draws", "judge", "procedure", "kl", "method")
 _SHARE = ("experiment", "judge", "method")
+_CHANGE = ("experiment", "judge", "ablation", "method", "strength", "changes")
 
 
 def write_results(bench: Bench, name: str) -> str:
@@ -51,18 +55,23 @@ def write_results(bench: Bench, name: str) -> str:
     if not records:
         return "no cell is finished"
     merge_rows("headline", cell_rows(experiment, records, bench.accuracies), _CELL)
+    extra = {"experiment": name} | circumstances()
+    parts = [policies(experiment, records)]
+    if changed := changed_rows(experiment, records):
+        merge_rows("headline_changed", flat(changed, extra), _CHANGE)
+        parts.append(f"Learned share after a change:\n\n{changes_page(changed)}")
     if not main_cells(records):
-        return policies(experiment, records)
+        return "\n\n".join(parts)
     rows, shares = equal_kl_rows(experiment, records), learned_rows(experiment, records)
     merge_rows("headline_equal_kl", flat(rows, circumstances()), _POINT)
-    merge_rows("headline_learned", flat(shares, {"experiment": name} | circumstances()), _SHARE)
+    merge_rows("headline_learned", flat(shares, extra), _SHARE)
     picture = figure(experiment, records, RESULTS / f"{name}.png")
-    parts = [
+    parts += [
         f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
         for kl in experiment.kls
     ]
     share = f"Share of the reward that was learned:\n\n{learned(shares)}"
-    return "\n\n".join([policies(experiment, records), *parts, share, str(picture)])
+    return "\n\n".join([*parts, share, str(picture)])
 
 
 def choose(experiment: Experiment, args: argparse.Namespace) -> list[Cell]:

@@ -31,6 +31,7 @@ from experiment.settings import Experiment
 Record = Mapping[str, Any]
 _PIECES = 20  # straight pieces of a line between two policies
 OURS = "optimal"
+INTERVALS = ("win_rate", "r2", "ours_minus_method", "changed_minus_unchanged")
 SHOWN = ("single_draw", "best_of_4", "best_of_8", "worst_of_4")
 
 
@@ -56,7 +57,7 @@ def cell_rows(
         for judge in JUDGES:
             for procedure, rate in record[judge]["win_rates"].items():
                 row |= _interval(f"{judge} {procedure}", rate)
-            curve = Curve(*(np.array([v]) for v in _per_prompt(record, judge, served)))
+            curve = Curve(*(np.array([v]) for v in per_prompt(record, judge, served)))
             share = learned_share([curve], served)
             row |= _interval(f"{judge} r2", share)
             row[f"{judge} accuracy"] = accuracies.get(judge, "")
@@ -77,7 +78,7 @@ def _interval(name: str, numbers: Mapping[str, float] | None) -> dict[str, Any]:
     }
 
 
-def _per_prompt(record: Record, judge: str, procedure: str) -> list[list[float]]:
+def per_prompt(record: Record, judge: str, procedure: str) -> list[list[float]]:
     """Return a policy's KL and its win rate on each prompt."""
     pair = record[judge]["kl"], record[judge]["win_rates"][procedure]
     return [numbers["per_prompt"] for numbers in pair]
@@ -142,7 +143,7 @@ def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, C
     """Return the curve of each method of the main comparison, seeds of a strength averaged."""
     points: dict[str, dict[float, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for record in main_cells(records):
-        cell, found = record["cell"], _per_prompt(record, judge, procedure)
+        cell, found = record["cell"], per_prompt(record, judge, procedure)
         points[cell["method"]][cell["strength"]].append(found)
     return {method: curve_of(strengths) for method, strengths in points.items()}
 
@@ -186,7 +187,7 @@ def flat(rows: Iterable[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[di
     for row in rows:
         line: dict[str, Any] = {}
         for name, found in row.items():
-            if name in ("win_rate", "r2", "ours_minus_method"):
+            if name in INTERVALS:
                 ends = found or dict.fromkeys(("value", "low", "high"), "")
                 line |= {f"{name} {end}": v and round(v, 4) for end, v in ends.items()}
             else:

@@ -259,6 +259,48 @@ def test_rank_0_trains_and_measures_the_whole_model(bench, experiment):
     assert np.abs(ratios).max() > 0.1
 
 
+def test_a_change_is_compared_with_the_same_seeds_unchanged(parts, experiment):
+    """Per prompt, seeds averaged; what is measured on other prompts, or has no partner, is not."""
+    from experiment.changes import changed_rows, page
+    from experiment.learned import learned_share
+
+    from ctrl_dpo.measures.equal_kl import Curve
+
+    rng = np.random.default_rng(1)
+    kls, rates = rng.uniform(0.5, 1.5, (5, 8)), rng.uniform(0.6, 0.9, (5, 8))
+
+    def record(number, seed, ablation="main", **changes):
+        measured = {
+            "kl": {"per_prompt": kls[number].tolist()},
+            "win_rates": {"worst_of_4": {"per_prompt": rates[number].tolist()}},
+        }
+        cell = {"method": "optimal", "strength": 0.2, "seed": seed, "ablation": ablation}
+        return {"cell": cell | {"changes": list(changes.items())}} | dict.fromkeys(
+            ("training", "judging"), measured
+        )
+
+    records = [
+        record(0, 0),
+        record(1, 1, "seed"),
+        record(2, 0, "rate", learning_rate=0.1),
+        record(3, 1, "rate", learning_rate=0.1),
+        record(4, 2, "rate", learning_rate=0.1),
+        record(4, 0, "train_prompts", where="train"),
+        record(4, 5, "anchor", anchor=1.0),
+    ]
+    training, judging = rows = changed_rows(experiment, records)
+    assert (training["judge"], judging["judge"]) == ("training", "judging")
+    assert (training["changes"], training["seeds"]) == ("learning_rate=0.1", 2)
+    after, before = (
+        Curve(*(v[a:b].mean(0)[None] for v in (kls, rates))) for a, b in ((2, 4), (0, 2))
+    )
+    expected = learned_share([after, before], "worst_of_4")
+    assert training["changed_minus_unchanged"] == expected
+    assert expected["value"] != 0
+    assert training["r2"] == learned_share([after], "worst_of_4")
+    assert f"| {expected['value']:+.3f} (" in page(rows)
+
+
 def test_accuracies_are_those_of_each_reward_model(bench, tmp_path):
     folders = {judge: tmp_path / judge for judge in ("training", "judging", "function")}
     for number, folder in enumerate(folders.values()):
