@@ -23,7 +23,7 @@ SCRIPTS = sorted(RECIPES.rglob("*.sh"))
 
 def test_all_recipe_files_are_covered():
     assert len(CONFIGS) == 2
-    assert len(EXPERIMENTS) == 9
+    assert len(EXPERIMENTS) == 10
     names = ["cpu_2proc", "fsdp2", "multi_gpu", "single_gpu", "zero2"]
     assert [path.stem for path in LAUNCHES] == names
     assert len(SCRIPTS) == 7
