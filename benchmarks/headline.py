@@ -55,17 +55,19 @@ def write_results(bench: Bench, name: str) -> str:
     if not records:
         return "no cell is finished"
     merge_rows("headline", cell_rows(experiment, records, bench.accuracies), _CELL)
-    extra = {"experiment": name} | circumstances()
+    here = circumstances()
+    extra = {"experiment": name} | here
     parts = [policies(experiment, records)]
     if changed := changed_rows(experiment, records):
         merge_rows("headline_changed", flat(changed, extra), _CHANGE)
         parts.append(f"Learned share after a change:\n\n{changes_page(changed)}")
-    if not main_cells(records):
+    compared = main_cells(records)
+    if not compared:
         return "\n\n".join(parts)
-    rows, shares = equal_kl_rows(experiment, records), learned_rows(experiment, records)
-    merge_rows("headline_equal_kl", flat(rows, circumstances()), _POINT)
+    rows, shares = equal_kl_rows(experiment, compared), learned_rows(experiment, compared)
+    merge_rows("headline_equal_kl", flat(rows, here), _POINT)
     merge_rows("headline_learned", flat(shares, extra), _SHARE)
-    picture = figure(experiment, records, RESULTS / f"{name}.png")
+    picture = figure(experiment, compared, RESULTS / f"{name}.png")
     parts += [
         f"{experiment.procedure} at a KL of {kl:g} nat:\n\n{comparison(experiment, rows, kl)}"
         for kl in experiment.kls

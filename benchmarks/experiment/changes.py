@@ -10,7 +10,7 @@ from ctrl_dpo.measures.tables import cell as text_of
 from ctrl_dpo.measures.tables import table
 from experiment.cells import JUDGES
 from experiment.learned import learned_share
-from experiment.results import Record, curve_of, per_prompt
+from experiment.results import Record, changes_of, curve_of, per_prompt
 from experiment.settings import Experiment
 
 Change = tuple[str, str, float, str]
@@ -20,10 +20,9 @@ def changed_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict
     """Compare each ablation with its unchanged policies of the same seeds and prompts."""
     seeds: dict[Change, dict[int, Record]] = defaultdict(dict)
     for record in records:
-        cell, changes = record["cell"], dict(record["cell"]["changes"])
-        if "where" not in changes:
-            text = ";".join(f"{key}={value}" for key, value in changes.items())
-            ablation = cell["ablation"] if changes else ""
+        cell, text = record["cell"], changes_of(record)
+        if "where" not in dict(cell["changes"]):
+            ablation = cell["ablation"] if text else ""
             seeds[ablation, cell["method"], cell["strength"], text][cell["seed"]] = record
     rows = []
     for (ablation, method, strength, text), changed in sorted(seeds.items()):

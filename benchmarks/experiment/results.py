@@ -31,7 +31,7 @@ from experiment.settings import Experiment
 Record = Mapping[str, Any]
 _PIECES = 20  # straight pieces of a line between two policies
 OURS = "optimal"
-INTERVALS = ("win_rate", "r2", "ours_minus_method", "changed_minus_unchanged")
+_INTERVALS = ("win_rate", "r2", "ours_minus_method", "changed_minus_unchanged")
 SHOWN = ("single_draw", "best_of_4", "best_of_8", "worst_of_4")
 
 
@@ -48,7 +48,7 @@ def cell_rows(
             "method": cell["method"],
             "strength": cell["strength"],
             "seed": cell["seed"],
-            "changes": ";".join(f"{key}={value}" for key, value in cell["changes"]),
+            "changes": changes_of(record),
             "n_train": record["n_train"],
             "n_prompts": measured["n_prompts"],
             "n_draws": measured["n_draws"],
@@ -70,6 +70,11 @@ def cell_rows(
     return rows
 
 
+def changes_of(record: Record) -> str:
+    """Write the settings that a cell changes."""
+    return ";".join(f"{key}={value}" for key, value in record["cell"]["changes"])
+
+
 def _interval(name: str, numbers: Mapping[str, float] | None) -> dict[str, Any]:
     """Lay an estimate out as three columns, empty where there is none."""
     ends = {"": "value", " low": "low", " high": "high"}
@@ -86,7 +91,7 @@ def per_prompt(record: Record, judge: str, procedure: str) -> list[list[float]]:
 
 def learned_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Compare how much of each reward the methods' policies have learned, on average."""
-    rows = []
+    rows, data = [], _data(experiment, records)
     procedure = experiment.procedure
     for judge in JUDGES:
         found = curves(records, judge, procedure)
@@ -94,7 +99,7 @@ def learned_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict
             both = [found[OURS], curve] if method != OURS and OURS in found else None
             rows.append(
                 {
-                    **_data(experiment, records, method),
+                    **data[method],
                     "judge": judge,
                     "procedure": procedure,
                     "method": method,
@@ -122,16 +127,14 @@ def learned(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(["method", "strengths", *columns], lines)
 
 
-def _data(experiment: Experiment, records: Sequence[Record], method: str) -> dict[str, Any]:
-    """Return what every row of a comparison says of its data."""
-    compared = main_cells(records)
-    cells, measured = [record["cell"] for record in compared], compared[0]["training"]
-    return {
-        "task": experiment.task,
-        "n_train": compared[0]["n_train"],
-        "seeds": len({cell["seed"] for cell in cells if cell["method"] == method}),
-        **{name: measured[name] for name in ("n_prompts", "n_draws")},
-    }
+def _data(experiment: Experiment, records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Return what the rows of each method in a comparison say of their data."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for record in records:
+        seeds[record["cell"]["method"]].add(record["cell"]["seed"])
+    size = {name: records[0]["training"][name] for name in ("n_prompts", "n_draws")}
+    of = {"task": experiment.task, "n_train": records[0]["n_train"]}
+    return {method: {**of, "seeds": len(found), **size} for method, found in seeds.items()}
 
 
 def main_cells(records: Iterable[Record]) -> list[Record]:
@@ -140,9 +143,9 @@ def main_cells(records: Iterable[Record]) -> list[Record]:
 
 
 def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, Curve]:
-    """Return the curve of each method of the main comparison, seeds of a strength averaged."""
+    """Return the curve of each method, seeds of a strength averaged."""
     points: dict[str, dict[float, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for record in main_cells(records):
+    for record in records:
         cell, found = record["cell"], per_prompt(record, judge, procedure)
         points[cell["method"]][cell["strength"]].append(found)
     return {method: curve_of(strengths) for method, strengths in points.items()}
@@ -156,7 +159,7 @@ def curve_of(settings: Mapping[Any, Sequence[Any]]) -> Curve:
 
 def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dict[str, Any]]:
     """Compare every method with ours at equal measured KL, by procedure and reward model."""
-    rows = []
+    rows, data = [], _data(experiment, records)
     for judge in JUDGES:
         for procedure in experiment.measured:
             found = curves(records, judge, procedure)
@@ -168,7 +171,7 @@ def equal_kl_rows(experiment: Experiment, records: Sequence[Record]) -> list[dic
                         less = difference_at_kl(found[OURS], curve, kl, procedure)
                     rows.append(
                         {
-                            **_data(experiment, records, method),
+                            **data[method],
                             "judge": judge,
                             "procedure": procedure,
                             "kl": kl,
@@ -187,7 +190,7 @@ def flat(rows: Iterable[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[di
     for row in rows:
         line: dict[str, Any] = {}
         for name, found in row.items():
-            if name in INTERVALS:
+            if name in _INTERVALS:
                 ends = found or dict.fromkeys(("value", "low", "high"), "")
                 line |= {f"{name} {end}": v and round(v, 4) for end, v in ends.items()}
             else:
