@@ -15,8 +15,10 @@ logger = logging.getLogger(__name__)
 
 # tokens of each text that is compared: past this, nothing new can go wrong but a sliding window
 _LONGEST = 64
-# nats per token by which one function may differ between two layouts of a row, by rounding
-_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+# nats by which one function's tokens may differ between two layouts of a row, by rounding. Of the
+# mean, because the largest of 128 tokens is an extreme value: SmolLM2-135M in bfloat16 differs by
+# 0.003 to 0.055 in the mean and by up to 0.5 in one token, with wrong positions by 0.17 to 0.48
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 # nats per token by which a response may depend on its neighbour: nothing but the order of a sum
 _LEAK = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
@@ -26,9 +28,10 @@ def can_share_prompt(model: Any, rows: Sequence[Mapping[str, Any]]) -> bool:
     """Tell whether a row that holds a prompt and all its responses gives the model's own numbers.
 
     A group is computed in one shared row, in a row per response, and in a shared row whose first
-    response is another text. Sharing is exact where the first two agree, and the last response does
-    not see the first. It is not for models with a state that runs along the row (Mamba, RWKV,
-    linear attention), or that take neither a mask of ``(s, s)`` nor positions.
+    response is another text. Sharing is exact where the tokens of the first two agree, in the mean
+    and but for rounding, and the last response does not see the first. It is not for models with a
+    state that runs along the row (Mamba, RWKV, linear attention), or that take neither a mask of
+    ``(s, s)`` nor positions.
 
     Parameters
     ----------
@@ -51,12 +54,12 @@ def can_share_prompt(model: Any, rows: Sequence[Mapping[str, Any]]) -> bool:
         changed = _logps(model, other, share=True)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         return _refuse(f"it refuses the row: {type(error).__name__}: {error}")
-    apart = (shared - _logps(model, group, share=False)).abs().max().item()
+    apart = (shared - _logps(model, group, share=False)).abs().mean().item()
     leaked = (shared - changed)[counts[0] :].abs().max().item()
     if not leaked <= _LEAK[model.dtype]:
         return _refuse(f"a response changes another by {leaked:.3g} nats per token")
     if not apart <= _ROUNDING[model.dtype]:
-        return _refuse(f"both layouts differ by {apart:.3g} nats per token")
+        return _refuse(f"both layouts differ by {apart:.3g} nats per token in the mean")
     return True
 
 

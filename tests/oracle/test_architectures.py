@@ -7,6 +7,7 @@ import torch
 import transformers
 from plain import plain_logps
 
+from ctrl_dpo.engine import sharing
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.logprobs import response_logps
 from ctrl_dpo.engine.masks import attention_mask
@@ -193,8 +194,9 @@ def test_a_mask_that_lets_responses_see_each_other_is_found(monkeypatch, caplog)
     assert "a response changes another by" in caplog.text
 
 
-def test_positions_along_the_row_are_found(monkeypatch, caplog):
-    model = make("GPT2", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_positions_along_the_row_are_found(monkeypatch, caplog, dtype):
+    model = make("GPT2", dtype)
     forward = model.forward
 
     def without_positions(input_ids, attention_mask=None, use_cache=False):
@@ -203,3 +205,34 @@ def test_positions_along_the_row_are_found(monkeypatch, caplog):
     monkeypatch.setattr(model, "forward", without_positions)
     assert not can_share_prompt(model, GROUPS)
     assert "both layouts differ by" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "largest", "shares"),
+    # SmolLM2-135M, 24 prompts: 0.055 nats in bfloat16 and 0.0025 in float16 at most, wrong
+    # positions 0.17 and 0.15 at least; one token was 0.52 apart
+    [
+        (torch.bfloat16, 0.055, 0.52, True),
+        (torch.bfloat16, 0.17, 0.25, False),
+        (torch.float16, 0.0025, 0.045, True),
+        (torch.float16, 0.15, 0.25, False),
+    ],
+)
+def test_rounding_of_one_token_is_not_taken_for_another_function(
+    monkeypatch, dtype, mean, largest, shares
+):
+    logps = sharing._logps
+
+    def rounded(model, group, *, share):
+        found = logps(model, group, share=share).double()
+        if share:
+            error = torch.full_like(found, (mean * len(found) - largest) / (len(found) - 1))
+            error[len(found) // 2] = largest
+            found += error
+        return found
+
+    monkeypatch.setattr(sharing, "_logps", rounded)
+    prompt, responses = list(range(1, 41)), [list(range(2, 61))] * 2
+    rows = [{"prompt_ids": prompt, "response_ids": responses}]
+    monkeypatch.setitem(SIZES, "max_position_embeddings", 256)
+    assert can_share_prompt(make("Llama", dtype), rows) is shares
