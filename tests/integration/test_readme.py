@@ -40,7 +40,7 @@ def test_the_example_is_short():
 
 
 def test_every_command_and_option_exists():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 11
     for name, words in COMMANDS:
         shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[a-z-]+(?![a-z_-])", words):
