@@ -30,6 +30,7 @@ from ctrl_dpo.engine.sharing import can_share_prompt
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
 
@@ -190,20 +191,40 @@ class CTRLDPOTrainer(ResumableTrainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, also on a dataset that was not there when the trainer was built."""
-        if hasattr(eval_dataset, "column_names"):
-            if self._is_sharded():
-                raise ValueError(
-                    "eval_dataset must be given when the trainer is built where weights are "
-                    f"sharded over processes; got a new one of {len(eval_dataset)} rows, whose "
-                    "reference pass would have to come before that."
-                )
-            eval_dataset = labelled(eval_dataset, self.args)
-            check_computation(eval_dataset, self.reference_computed)
-            eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
-            check_context(self.model, eval_dataset, "eval_dataset")
-            self._add_reference_logps(eval_dataset, self.args)
+        # a dict comes back part by part, a name is of one that was there
+        if not (eval_dataset is None or isinstance(eval_dataset, (dict, str))):
+            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return found
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Measure loss and metrics on another dataset; predictions are not kept."""
+        return super().predict(self._prepared(test_dataset, "test_dataset"), *args, **kwargs)
+
+    def _prepared(self, dataset: Any, name: str) -> list[dict[str, Any]]:
+        """Label, check and tokenise a dataset that was not there when the trainer was built."""
+        if self._is_sharded():
+            raise ValueError(
+                f"{name} must be given when the trainer is built (eval_dataset=...) where weights "
+                f"are sharded over processes; got a new one of {len(dataset)} rows, whose "
+                "reference pass would have to come before that."
+            )
+        dataset = labelled(dataset, self.args)
+        check_computation(dataset, self.reference_computed)
+        rows = self._tokenised(dataset, self.processing_class, self.args)
+        check_context(self.model, rows, name)
+        self._add_reference_logps(rows, self.args)
+        return rows
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Add the metrics collected on the way, and take the loss over groups, not over rows."""
+        self._means["eval"].means()  # drops what an interrupted evaluation left
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._means["eval"].means(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{k}": value for k, value in means.items()})
+        return output
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -230,7 +251,11 @@ class CTRLDPOTrainer(ResumableTrainer):
             padded, _ = pad_groups(logps[members], *where)
             order, _ = pad_groups(inputs["order"], *where)
             each = logratios, targets, order, mask, padded
-            means.add(batch_metrics(*each, self.beta, self.procedure) | token_metrics(inputs))
+            made = batch_metrics(*each, self.beta, self.procedure) | token_metrics(inputs)
+            if not model.training:
+                # rows of one prompt's pairs hold several groups: batches are not means alike
+                made["loss"] = losses.sum(), torch.ones_like(losses).sum()
+            means.add(made)
         return (loss, {"logratios": logratios}) if return_outputs else loss
 
     def _logps(self, model: Any, inputs: Any) -> torch.Tensor:
@@ -301,11 +326,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         return torch.stack(sums).sum() / len(inputs["weights"]), None, None
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the collected metrics to a log row."""
-        for part, prefix in (("train", ""), ("eval", "eval_")):
-            if f"{prefix}loss" in logs:
-                means = self._means[part].means(self.accelerator)
-                logs |= {f"{prefix}{name}": value for name, value in means.items()}
+        """Add the metrics collected since the last one to a log row of training."""
+        if "loss" in logs:
+            logs |= self._means["train"].means(self.accelerator)
         super().log(logs, *args, **kwargs)
 
 
