@@ -9,6 +9,7 @@ import numpy as np
 from ctrl_dpo._validation import check_columns, check_positive
 from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
+from ctrl_dpo.data.inputs import check_dataset
 from ctrl_dpo.data.layouts import to_groups
 from ctrl_dpo.labels.groups import RAW
 from ctrl_dpo.relabel import relabel
@@ -40,13 +41,15 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
 
     Raises
     ------
+    TypeError
+        If it is no ``datasets.Dataset``.
     ValueError
-        If the dataset is empty, of no known form, or lacks what the loss needs, if a margin is not
-        a finite number >= 0, or if it has its labels and the configuration says how to make them.
+        If the dataset is empty, of no known form, or lacks what the loss needs, if a column such as
+        ``tools`` would not be rendered, a margin is not a finite number >= 0, or if it has its
+        labels and the configuration says how to make them.
     """
+    dataset = check_dataset("train_dataset", dataset)
     names = dataset.column_names
-    if len(dataset) == 0:
-        raise ValueError("train_dataset must have at least one row; got 0.")
     are_pairs = columns.CHOSEN in names and columns.REJECTED in names
     if are_pairs:
         _check_pairs(dataset, config)
