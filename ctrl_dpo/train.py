@@ -100,8 +100,11 @@ class CTRLDPOTrainer(ResumableTrainer):
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
-        parts = {k: labelled(part, args) for k, part in _by_name(eval_dataset).items()}
-        evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}
+        given = _by_name(eval_dataset)
+        parts = {k: labelled(part, args, _argument(k)) for k, part in given.items()}
+        evaluated = {
+            k: self._tokenised(part, tokenizer, args, _argument(k)) for k, part in parts.items()
+        }
         from_dataset = all(row["reference_logps"] is not None for row in rows)
         model, self.reference = set_up_policies(
             model, ref_model, peft_config, tokenizer, args, from_dataset=from_dataset
@@ -161,9 +164,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         return bool(sharded or self.is_distributed_loading_by_transformers)
 
     def _tokenised(
-        self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig
+        self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig, name: str = "eval_dataset"
     ) -> list[dict[str, Any]]:
-        return training_rows(dataset, tokenizer, args, self.beta)[0]
+        return training_rows(dataset, tokenizer, args, self.beta, name)[0]
 
     def _add_reference_logps(self, rows: list[dict[str, Any]], args: CTRLDPOConfig) -> None:
         missing = [row for row in rows if row["reference_logps"] is None]
@@ -197,7 +200,7 @@ class CTRLDPOTrainer(ResumableTrainer):
                     f"sharded over processes; got a new one of {len(eval_dataset)} rows, whose "
                     "reference pass would have to come before that."
                 )
-            eval_dataset = labelled(eval_dataset, self.args)
+            eval_dataset = labelled(eval_dataset, self.args, "eval_dataset")
             check_computation(eval_dataset, self.reference_computed)
             eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
             check_context(self.model, eval_dataset, "eval_dataset")
@@ -307,6 +310,11 @@ class CTRLDPOTrainer(ResumableTrainer):
                 means = self._means[part].means(self.accelerator)
                 logs |= {f"{prefix}{name}": value for name, value in means.items()}
         super().log(logs, *args, **kwargs)
+
+
+def _argument(name: str) -> str:
+    """Return what errors call an evaluation dataset."""
+    return f"eval_dataset[{name!r}]" if name else "eval_dataset"
 
 
 def _by_name(eval_dataset: Any) -> dict[str, Any]:
