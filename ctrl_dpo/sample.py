@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ctrl_dpo._validation import check_columns, check_integer
 from ctrl_dpo.data import columns
 from ctrl_dpo.data.folders import StageFolder, read_rows, read_shards
+from ctrl_dpo.data.inputs import check_dataset
 from ctrl_dpo.data.tokens import prompt_tokens
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.generation import (
@@ -97,21 +98,21 @@ def sample(  # noqa: PLR0913 (each is a decision of the user's)
 
     Raises
     ------
+    TypeError
+        If the prompts are no ``datasets.Dataset``.
     ValueError
-        If there are no prompts, one is malformed or too long for the model, or ``log_ratios`` is
-        asked of a sampler that changes the policy, without the reference policy, or with another;
-        if options of loading are given for a loaded model.
+        If there are no prompts, a column such as ``tools`` would not be rendered, a prompt is
+        malformed or too long for the model, or ``log_ratios`` is asked of a sampler that changes
+        the policy, without the reference policy, or with another; if options of loading are given
+        for a loaded model.
     """
     chosen = sampler or Sampler()
     if log_ratios:
         _check_unchanged(chosen)
     check_integer("batch_rows", batch_rows, 1)
     check_integer("shard_prompts", shard_prompts, 1)
+    prompts = check_dataset("prompts", prompts)
     check_columns(prompts.column_names, [columns.PROMPT], "Rename the column with the prompts.")
-    if len(prompts) == 0:
-        raise ValueError(
-            "prompts must have at least one row; got 0. Check the file and its filters."
-        )
     name = model if isinstance(model, (str, Path)) else None
     loaded = _loaded(model, loading)
     tokens = tokenizer or load_tokenizer(name or loaded.name_or_path)

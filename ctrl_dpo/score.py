@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ctrl_dpo._validation import check_columns, check_integer
 from ctrl_dpo.data.columns import PROMPT, RESPONSES, REWARDS
+from ctrl_dpo.data.inputs import check_dataset
 from ctrl_dpo.engine.reward_functions import Candidate, FunctionReward, Reward, import_function
 from ctrl_dpo.engine.score_cache import ScoreCache
 
@@ -54,8 +55,11 @@ def score(
 
     Raises
     ------
+    TypeError
+        If the groups are no ``datasets.Dataset``, or a response is no text.
     ValueError
-        If a column is missing or there already, a row has no response, or a score is not finite.
+        If there is no row, a column is missing or there already or, as ``tools``, would not be
+        rendered, a row has no response, or a score is not finite.
 
     Notes
     -----
@@ -69,6 +73,7 @@ def score(
     >>> scored["rewards"][0]
     [6.0, 3.0]
     """
+    groups = check_dataset("groups", groups)
     check_columns(groups.column_names, [PROMPT, RESPONSES], "Run `ctrl-dpo sample` first.")
     check_integer("batch_size", batch_size, 1)
     if REWARDS in groups.column_names:
@@ -126,8 +131,6 @@ def load_reward(reward: str | Callable[..., Any] | Reward, **options: Any) -> Re
 
 def _candidates(groups: Dataset) -> Iterator[list[Candidate]]:
     """Yield the responses of each row, refusing what cannot be scored."""
-    if len(groups) == 0:
-        raise ValueError("groups must hold at least one row; got 0.")
     for row, group in enumerate(groups.select_columns([PROMPT, RESPONSES])):
         prompt, responses = group[PROMPT], group[RESPONSES]
         if not isinstance(prompt, str | list) or prompt == []:

@@ -101,8 +101,11 @@ class CTRLDPOTrainer(ResumableTrainer):
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
-        parts = {k: labelled(part, args) for k, part in _by_name(eval_dataset).items()}
-        evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}
+        given = _by_name(eval_dataset)
+        parts = {k: labelled(part, args, _argument(k)) for k, part in given.items()}
+        evaluated = {
+            k: self._tokenised(part, tokenizer, args, _argument(k)) for k, part in parts.items()
+        }
         from_dataset = all(row["reference_logps"] is not None for row in rows)
         model, self.reference = set_up_policies(
             model, ref_model, peft_config, tokenizer, args, from_dataset=from_dataset
@@ -162,9 +165,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         return bool(sharded or self.is_distributed_loading_by_transformers)
 
     def _tokenised(
-        self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig
+        self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig, name: str = "eval_dataset"
     ) -> list[dict[str, Any]]:
-        return training_rows(dataset, tokenizer, args, self.beta)[0]
+        return training_rows(dataset, tokenizer, args, self.beta, name)[0]
 
     def _add_reference_logps(self, rows: list[dict[str, Any]], args: CTRLDPOConfig) -> None:
         missing = [row for row in rows if row["reference_logps"] is None]
@@ -209,7 +212,7 @@ class CTRLDPOTrainer(ResumableTrainer):
                 f"are sharded over processes; got a new one of {len(dataset)} rows, whose "
                 "reference pass would have to come before that."
             )
-        dataset = labelled(dataset, self.args)
+        dataset = labelled(dataset, self.args, name)
         check_computation(dataset, self.reference_computed)
         rows = self._tokenised(dataset, self.processing_class, self.args)
         check_context(self.model, rows, name)
@@ -330,6 +333,11 @@ class CTRLDPOTrainer(ResumableTrainer):
         if "loss" in logs:
             logs |= self._means["train"].means(self.accelerator)
         super().log(logs, *args, **kwargs)
+
+
+def _argument(name: str) -> str:
+    """Return what errors call an evaluation dataset."""
+    return f"eval_dataset[{name!r}]" if name else "eval_dataset"
 
 
 def _by_name(eval_dataset: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ctrl_dpo._validation import check_choice, check_columns
 from ctrl_dpo.data import columns as names
-from ctrl_dpo.data.layout_rows import LAYOUTS
+from ctrl_dpo.data.layout_rows import DIALOGUE, LAYOUTS
 from ctrl_dpo.data.messages import is_messages
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def detected_layout(dataset: Dataset) -> str:
 def _pairs_or_hh(dataset: Dataset) -> str:
     """Tell dialogue strings from other pairs; a null decides nothing."""
     sides = (text for text in dataset[names.CHOSEN] if text is not None)
-    dialogues = [isinstance(text, str) and text.startswith("\n\nHuman:") for text in sides]
+    dialogues = [isinstance(text, str) and text.startswith(DIALOGUE) for text in sides]
     if any(dialogues) and not all(dialogues):
         raise ValueError(
             "layout must be named where several fit; got dialogues '\\n\\nHuman:' in "

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctrl_dpo.data import columns as names
-from ctrl_dpo.data.messages import check_messages, check_prompt, check_text, is_messages
+from ctrl_dpo.data.messages import (
+    check_messages,
+    check_prompt,
+    check_text,
+    is_messages,
+    message_text,
+)
 
 Row = Mapping[str, Any]
 Group = dict[str, Any]
@@ -24,6 +30,7 @@ HELPSTEER_WEIGHTS = {
     "verbosity": -0.4,
 }
 FLOATS = (names.REWARDS, names.REFERENCE_REWARDS)  # always float64, whatever the layout holds
+DIALOGUE = "\n\nHuman:"  # how Anthropic's dialogues begin
 _TURN = re.compile(r"\n\n(Human|Assistant):[ \t]?")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -153,7 +160,7 @@ def read_nectar(row: Row) -> Group:
         check_text("prompt", row["prompt"]),
         _entries(row, "answers", "answer", "rank"),
     )
-    turns = _dialogue(prompt) if prompt.startswith("\n\nHuman:") else []
+    turns = _dialogue(prompt) if prompt.startswith(DIALOGUE) else []
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()  # Nectar's prompts end in an open assistant turn
     return {
@@ -197,6 +204,33 @@ def read_pairs(row: Row) -> Group:
     return group
 
 
+def split_pair(row: Row) -> Group | None:
+    """Split a pair whose sides begin with its prompt; return None where it stands apart.
+
+    Parameters
+    ----------
+    row : mapping
+        ``chosen`` and ``rejected`` without ``prompt``; or whole conversations beside a prompt that
+        is text, as TRL reads them.
+
+    Returns
+    -------
+    dict or None
+        ``prompt`` and ``responses``, the chosen one first.
+
+    Raises
+    ------
+    DroppedRow
+        If the sides share no prompt.
+    """
+    sides = row[names.CHOSEN], row[names.REJECTED]
+    if names.PROMPT in row:
+        whole = any(is_messages(side) and len(side) > 1 for side in sides)
+        return read_pairs(row) if whole and not is_messages(row[names.PROMPT]) else None
+    is_dialogue = isinstance(sides[0], str) and sides[0].startswith(DIALOGUE)
+    return read_hh(row) if is_dialogue else read_pairs(row)
+
+
 def read_hh(row: Row) -> Group:
     """Read Anthropic's dialogues: two texts of turns that share all but the last."""
     sides = [_dialogue(row[name]) for name in ("chosen", "rejected")]
@@ -223,20 +257,23 @@ def _dialogue(text: object) -> list[dict[str, str]]:
 
 def _split_conversations(prompt: Any, sides: Sequence[Any]) -> tuple[Any, list[str]]:
     """Split at message level: the last message of each side is the response."""
-    conversations = [check_messages(side) for side in sides]
-    for name, messages in zip(("chosen", "rejected"), conversations, strict=True):
+    conversations, texts = [], []
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        messages = check_messages(side, f" at {name}")
+        conversations.append(messages)
         if messages[-1]["role"] != "assistant":
             raise ValueError(
                 f"{name} must end in an assistant message; got {messages[-1]['role']!r}."
             )
+        texts.append(message_text(name, messages[-1]))
     before = [messages[:-1] for messages in conversations]
     if before[0] != before[1]:
         raise DroppedRow("chosen and rejected answer different conversations")
     given = check_messages(prompt) if is_messages(prompt) and prompt else []
     whole = before[0] if before[0][: len(given)] == given else given + before[0]
     if not whole and isinstance(prompt, str):
-        return prompt, [messages[-1]["content"] for messages in conversations]
-    return whole, [messages[-1]["content"] for messages in conversations]
+        return prompt, texts
+    return whole, texts
 
 
 def _split_texts(sides: Sequence[Any]) -> tuple[str, list[str]]:

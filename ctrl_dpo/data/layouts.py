@@ -118,8 +118,9 @@ def read_groups(  # noqa: PLR0913 (each is a decision of the user's)
     TypeError
         If it is several splits.
     ValueError
-        If there is no row, the layout is unknown or ambiguous, a row breaks the rules, every row
-        was dropped, or two rows give one response different rewards.
+        If there is no row, the layout is unknown or ambiguous, a row breaks the rules (also by a
+        column such as ``tools``, which nothing renders), every row was dropped, or two rows give
+        one response different rewards.
     """
     from datasets import Dataset, IterableDataset
 

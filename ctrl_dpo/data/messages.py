@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ctrl_dpo.data.inputs import is_blank
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _OPENING_ROLES = ("system", "developer")
 
@@ -128,13 +130,78 @@ def check_prompt(
                 "empty_prompts='keep'."
             )
         return text
-    messages = check_messages(prompt, where)
+    messages = check_messages(prompt, where or " at prompt")
     if messages[-1]["role"] == "assistant":
         raise ValueError(
             "prompt must end before the assistant's turn; got an assistant message at its end"
             f"{where}. Move that message to the responses."
         )
     return messages
+
+
+def response_text(name: str, response: object) -> str:
+    """Return the text of a response, or raise unless it is text or one assistant message.
+
+    Parameters
+    ----------
+    name : str
+        Its column.
+    response : object
+        Text, or a list of one message.
+
+    Returns
+    -------
+    str
+        The text.
+
+    Raises
+    ------
+    TypeError
+        If it is neither, or the content of the message is no text.
+    ValueError
+        If there are several messages, it is another role's, or it holds more than its text.
+    """
+    if not is_messages(response):
+        return check_text(name, response)
+    messages: list[Any] = list(response)  # type: ignore[call-overload]
+    first = messages[0] if len(messages) == 1 else None
+    if not isinstance(first, Mapping) or first.get("role") != "assistant":
+        raise ValueError(
+            f"{name}, as a conversational response, must be one assistant message; got "
+            f"{response!r}. Move earlier messages to the prompt."
+        )
+    return message_text(name, first)
+
+
+def message_text(name: str, message: Mapping[str, Any]) -> str:
+    """Return the text of a message that is trained on, or raise where it holds more than that.
+
+    Parameters
+    ----------
+    name : str
+        Its column.
+    message : mapping
+        ``role`` and ``content``.
+
+    Returns
+    -------
+    str
+        The content.
+
+    Raises
+    ------
+    TypeError
+        If the content is no text.
+    ValueError
+        If another key, such as ``tool_calls``, is not empty: it would not be trained on.
+    """
+    more = {k: v for k, v in message.items() if k not in ("role", "content") and not is_blank(v)}
+    if more:
+        raise ValueError(
+            f"{name} must hold no more than role and content; got {more!r}. Render it into the "
+            "content, or drop that row."
+        )
+    return check_text(f"content of {name}", message.get("content"))
 
 
 def prompt_key(prompt: object) -> str:

@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrl_dpo.data import columns as names
+from ctrl_dpo.data.inputs import UNREAD, check_unread
 from ctrl_dpo.data.layout_rows import FLOATS, DroppedRow, Group, checked_group
 from ctrl_dpo.data.ragged import is_text, lengths_of, one_array, read_floats, to_lists
 
 REASON = "dropped_reason"
 # datasets keys its cache by the name of a function of ours, not by its code: raise this number when
 # rows are read differently, or an older version's rows come back
-READING = 3
+READING = 4
 
 
 class RowReader:
@@ -54,6 +55,7 @@ class RowReader:
         return {name: values for name, values in group.items() if name not in FLOATS}
 
     def _group(self, row: Mapping[str, Any]) -> Group:
+        check_unread(row)
         group = {name: row[name] for name in self.passed} | self.read(row)
         made = checked_group(group, self.empty_prompts == "keep")
         return without_empty_responses(made) if self.empty_responses == "drop" else made
@@ -113,8 +115,11 @@ def clean_numbers(table: pa.Table, indices: list[int]) -> dict[str, pa.Array] | 
     -------
     dict of str to pyarrow.Array, or None
         The columns of :data:`FLOATS` that there are. None where a prompt is no text, or anything
-        could break a rule: what is wrong, and in which row, is then for :meth:`RowReader.judge`.
+        could break a rule, as any column of :data:`UNREAD` could: what is wrong, and in which row,
+        is then for :meth:`RowReader.judge`.
     """
+    if set(UNREAD).intersection(table.column_names):
+        return None
     prompt, texts = one_array(table, names.PROMPT), one_array(table, names.RESPONSES)
     if not is_text(prompt.type) or prompt.null_count or not _shortest(prompt):
         return None

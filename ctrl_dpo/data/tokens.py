@@ -35,7 +35,8 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     Raises
     ------
     ValueError
-        If the prompt is malformed or empty, or messages meet a tokenizer without chat template.
+        If the prompt is malformed or empty, messages meet a tokenizer without chat template, or
+        the template refuses them.
     """
     return _prompt_ids(tokenizer, prompt, slice(None))
 
@@ -172,9 +173,18 @@ def _render(tokenizer: Any, messages: list[dict[str, Any]], add_generation_promp
             "tokenizer must have a chat template for conversational prompts; got None for "
             f"{tokenizer.name_or_path!r}. Set tokenizer.chat_template, or give prompts as text."
         )
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    from jinja2 import TemplateError  # transformers needs it to render, and only then
+
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"messages must be such as the chat template renders; got {str(error)!r} from it for "
+            f"roles {[message['role'] for message in messages]}. Change them, or "
+            "tokenizer.chat_template."
+        ) from error
     return text
 
 

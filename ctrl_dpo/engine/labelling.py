@@ -9,6 +9,7 @@ import numpy as np
 from ctrl_dpo._validation import check_columns, check_positive
 from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
+from ctrl_dpo.data.inputs import check_dataset
 from ctrl_dpo.data.layouts import to_groups
 from ctrl_dpo.labels.groups import RAW
 from ctrl_dpo.relabel import relabel
@@ -21,17 +22,19 @@ if TYPE_CHECKING:
 _RELABEL = "Run `ctrl-dpo relabel` first, or set procedure and target_kl in the configuration."
 
 
-def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
+def labelled(dataset: Dataset, config: CTRLDPOConfig, name: str = "train_dataset") -> Dataset:
     """Return the dataset with targets, relabelling scored groups by the configuration.
 
     Parameters
     ----------
     dataset : Dataset
         Relabelled groups, scored groups, unpaired scored responses (``prompt, response, reward``),
-        pairs with ``margin``, or plain pairs.
+        pairs with ``margin``, or plain pairs; pairs with explicit or implicit prompt.
     config : CTRLDPOConfig
         Its ``procedure``, ``transformation``, ``calibration``, ``beta`` and ``target_kl`` relabel
         scored groups; for the losses ``dpo`` and ``ipo`` their raw rewards are the labels.
+    name : str
+        The argument that the dataset came as, for errors.
 
     Returns
     -------
@@ -40,27 +43,30 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
 
     Raises
     ------
+    TypeError
+        If it is no ``datasets.Dataset``.
     ValueError
-        If the dataset is empty, of no known form, or lacks what the loss needs, if a margin is not
-        a finite number >= 0, or if it has its labels and the configuration says how to make them.
+        If the dataset is empty, of no known form, or lacks what the loss needs, if a column such as
+        ``tools`` would not be rendered, a margin is not a finite number >= 0, or if it has its
+        labels and the configuration says how to make them.
     """
+    dataset = check_dataset(name, dataset)
     names = dataset.column_names
-    if len(dataset) == 0:
-        raise ValueError("train_dataset must have at least one row; got 0.")
     are_pairs = columns.CHOSEN in names and columns.REJECTED in names
     if are_pairs:
-        _check_pairs(dataset, config)
+        _check_pairs(dataset, config, name)
     if are_pairs or columns.TRANSFORMED_REWARDS in names:
-        _check_unused(names, config)
+        _check_unused(names, config, name)
         return dataset
     if columns.RESPONSE in names and columns.REWARD in names:
-        dataset = _groups_of_one(dataset, config)
+        dataset = _groups_of_one(dataset, config, name)
         names = dataset.column_names
     if columns.RESPONSES not in names or columns.REWARDS not in names:
         raise ValueError(
-            "train_dataset must hold groups (prompt, responses, rewards), pairs (prompt, chosen, "
-            "rejected) or single responses (prompt, response, reward); got "
-            f"{sorted(names)}. See the README's data format."
+            f"{name} must hold groups (prompt, responses, rewards), pairs (prompt, chosen, "
+            f"rejected) or single responses (prompt, response, reward); got {sorted(names)}. Score "
+            "responses that have no rewards (`ctrl-dpo score`); other layouts of the README's data "
+            "format are read by to_groups and `ctrl-dpo relabel`."
         )
     # a transformation may tie rewards, of which a hard-label loss uses the order
     hard = config.loss in HARD_LABEL_LOSSES
@@ -80,7 +86,7 @@ def labelled(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
     )
 
 
-def _check_unused(names: list[str], config: CTRLDPOConfig) -> None:
+def _check_unused(names: list[str], config: CTRLDPOConfig, dataset: str) -> None:
     """Raise where a setting says how to label a dataset that has its labels."""
     # what the dataset tells of them is compared by resolve_beta
     unused = ["target_kl", "calibration"]
@@ -90,19 +96,20 @@ def _check_unused(names: list[str], config: CTRLDPOConfig) -> None:
         if getattr(config, name) is not None:
             raise ValueError(
                 f"{name} must be left out for a dataset that has its labels; got "
-                f"{getattr(config, name)!r} with columns {sorted(names)}. Nothing would use it: "
-                "give scored groups (prompt, responses, rewards), or relabel the data for it."
+                f"{getattr(config, name)!r} with {sorted(names)} of {dataset}. Nothing would use "
+                "it: give scored groups (prompt, responses, rewards), or relabel the data for it."
             )
 
 
-def _check_pairs(dataset: Dataset, config: CTRLDPOConfig) -> None:
+def _check_pairs(dataset: Dataset, config: CTRLDPOConfig, name: str) -> None:
     """Raise where pairs lack what the loss needs."""
     names = dataset.column_names
-    check_columns(names, [columns.PROMPT], "to_groups splits pairs with an implicit prompt.")
+    if columns.CHOSEN_IDS in names:  # sides without a prompt of their own are split as texts
+        check_columns(names, [columns.PROMPT], f"{name} has tokens of responses without it.")
     if columns.MARGIN not in names and config.loss not in HARD_LABEL_LOSSES:
         raise ValueError(
-            f"pairs must have a column 'margin' for loss={config.loss!r}; got {sorted(names)}. "
-            "Relabel scored groups and export pairs, or use loss='dpo'."
+            f"{name}'s pairs must have a column 'margin' for loss={config.loss!r}; got "
+            f"{sorted(names)}. Relabel scored groups and export pairs, or use loss='dpo'."
         )
     if config.anchor > 0:
         raise ValueError(
@@ -110,10 +117,10 @@ def _check_pairs(dataset: Dataset, config: CTRLDPOConfig) -> None:
             "Train on the relabelled groups themselves."
         )
     if columns.MARGIN in names:
-        _check_margins(dataset.select_columns([columns.MARGIN]).with_format("arrow")[:])
+        _check_margins(dataset.select_columns([columns.MARGIN]).with_format("arrow")[:], name)
 
 
-def _check_margins(table: pa.Table) -> None:
+def _check_margins(table: pa.Table, name: str) -> None:
     """Raise unless every pair has a margin, and one that keeps its responses' places."""
     values = table[columns.MARGIN].to_numpy()
     good = np.zeros(len(values), dtype=bool)
@@ -122,14 +129,14 @@ def _check_margins(table: pa.Table) -> None:
     if not good.all():
         row = int(np.argmin(good))
         raise ValueError(
-            "margin must be a finite number >= 0; got "
+            f"{name}'s margin must be a finite number >= 0; got "
             f"{table[columns.MARGIN][row].as_py()!r} at row {row}, the first of {(~good).sum()} "
             f"of {len(good)}. Drop those rows, swap chosen and rejected where it is negative, or "
             "remove the column for loss='dpo'."
         )
 
 
-def _groups_of_one(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
+def _groups_of_one(dataset: Dataset, config: CTRLDPOConfig, name: str) -> Dataset:
     """Return unpaired responses as groups, or raise where there is nothing to rank them among."""
     if config.anchor == 0 or config.transformation == RAW:
         raise ValueError(
@@ -138,9 +145,9 @@ def _groups_of_one(dataset: Dataset, config: CTRLDPOConfig) -> Dataset:
         )
     if columns.REFERENCE_REWARDS not in dataset.column_names and config.calibration != "pooled":
         raise ValueError(
-            "unpaired responses must have a column 'reference_rewards', rewards of draws of the "
-            f"reference policy; got {sorted(dataset.column_names)}. Draw and score some, or set "
-            "calibration='pooled'."
+            f"{name}'s unpaired responses must have a column 'reference_rewards', rewards of draws "
+            f"of the reference policy; got {sorted(dataset.column_names)}. Draw and score some, or "
+            "set calibration='pooled'."
         )
     return to_groups(dataset, "unpaired", same_prompt="keep")
 

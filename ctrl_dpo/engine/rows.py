@@ -12,6 +12,8 @@ import numpy as np
 from ctrl_dpo._validation import check_finite
 from ctrl_dpo.config import HARD_LABEL_LOSSES, CTRLDPOConfig
 from ctrl_dpo.data import columns
+from ctrl_dpo.data.layout_rows import DroppedRow, split_pair
+from ctrl_dpo.data.messages import is_messages, response_text
 from ctrl_dpo.data.token_groups import TokenizedGroup, count_tokens
 from ctrl_dpo.data.tokens import tokenize_group
 from ctrl_dpo.engine.merged_pairs import merge_pairs
@@ -21,11 +23,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_DROPPED = _SINGLE, _EQUAL, _CUT_ALIKE, _NO_PROMPT = (
+    "dropped_single_response",
+    "dropped_equal_responses",
+    "dropped_cut_alike",
+    "dropped_no_shared_prompt",
+)
 _RECOMPUTE = "Remove the column, and they are computed."
 
 
 def training_rows(
-    dataset: Dataset, tokenizer: Any, config: CTRLDPOConfig, beta: float
+    dataset: Dataset,
+    tokenizer: Any,
+    config: CTRLDPOConfig,
+    beta: float,
+    name: str = "train_dataset",
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Tokenise a labelled dataset.
 
@@ -39,6 +51,8 @@ def training_rows(
         Its length limits, loss and anchor.
     beta : float
         From :func:`ctrl_dpo.engine.labelling.resolve_beta`.
+    name : str
+        The argument that the dataset came as, for errors and the log.
 
     Returns
     -------
@@ -53,53 +67,36 @@ def training_rows(
     Raises
     ------
     ValueError
-        If no row is left, a target or reward is not finite, a weight is not a finite number >= 0,
-        or log-probabilities of the dataset are of tokens that are cut.
+        If no row is left, or, by the name of the row: a prompt or response is malformed or refused
+        by the chat template, a response holds more than its text, a text prompt has messages for
+        responses, a target or reward is not finite, a weight is not a finite number >= 0, or
+        log-probabilities of the dataset are of tokens that are cut.
     """
-    rows, tokenised, dropped, cut_alike = [], [], 0, 0
-    hard = config.loss in HARD_LABEL_LOSSES
+    rows, tokenised, dropped = [], [], dict.fromkeys(_DROPPED, 0)
     for index, row in enumerate(dataset):
-        if config.anchor > 0 and row.get(columns.LOG_NORMALISER) is None:
-            raise ValueError(
-                f"anchor must be 0 where the normaliser is not known; got {config.anchor!r} with "
-                f"transformation {row[columns.TRANSFORMATION]!r} at row {index}."
-            )
-        group = _group(row, beta)
-        check_finite(f"targets of train_dataset's row {index}", group["targets"])
-        order = _order(group, index)
-        if len(group["responses"]) < 2 and config.anchor == 0:
-            dropped += 1  # a contrastive loss has nothing to compare
+        try:
+            made, tokens = _training_row(row, tokenizer, config, beta)
+        except DroppedRow as reason:
+            dropped[str(reason)] += 1
             continue
-        tokens = _tokenise(group, tokenizer, config)
-        if config.anchor == 0 and sum(tokens.repeated) == len(tokens.response_ids) - 1:
-            cut_alike += 1  # one text is left, which cannot be better than itself
-            continue
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}'s row {index}: {error}") from error
         tokenised.append(tokens)
-        rows.append(
-            {
-                "prompt_ids": tokens.prompt_ids,
-                "response_ids": tokens.response_ids,
-                "targets": order if hard else group["targets"],
-                "order": order,
-                "truncated": _truncated(group, tokens),
-                "dataset_rows": [index] * len(tokens.response_ids),
-                "weight": _weight(row, index),
-                "reference_logps": _reference_logps(row, tokens, index),
-            }
-        )
+        rows.append(made | {"dataset_rows": [index] * len(tokens.response_ids)})
     if not rows:
         raise ValueError(
-            f"train_dataset must have a group of two responses or more; got {dropped} groups of "
-            f"one, and {cut_alike} whose responses are the same within max_response_length. Draw "
-            "more responses, raise the limit, or set anchor > 0."
+            f"{name} must have a group of two responses or more; got {dropped[_SINGLE]} groups of "
+            f"one, {dropped[_EQUAL]} of equal responses, {dropped[_CUT_ALIKE]} whose responses are "
+            f"the same within max_response_length, and {dropped[_NO_PROMPT]} pairs whose sides "
+            "begin with no common prompt. Draw more responses, raise the limit, give the prompts, "
+            "or set anchor > 0."
         )
-    counts = {"rows": len(dataset), "dropped_single_response": dropped}
-    counts |= {"dropped_cut_alike": cut_alike} | count_tokens(tokenised)
+    counts = {"rows": len(dataset), **dropped, **count_tokens(tokenised)}
     if columns.CHOSEN in dataset.column_names and config.share_prompt:
         before, rows = len(rows), merge_pairs(rows)
         counts["pairs_merged_by_prompt"] = before - len(rows)
-    lost = dropped + cut_alike
-    logger.log(logging.WARNING if lost else logging.INFO, "training rows: %s", counts)
+    lost = any(dropped.values())
+    logger.log(logging.WARNING if lost else logging.INFO, "rows of %s: %s", name, counts)
     return rows, counts
 
 
@@ -117,25 +114,52 @@ def warn_of_overlap(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]])
         )
 
 
+def _training_row(
+    row: Mapping[str, Any], tokenizer: Any, config: CTRLDPOConfig, beta: float
+) -> tuple[dict[str, Any], TokenizedGroup]:
+    """Tokenise a labelled row; raise where it breaks a rule, or leaves nothing to compare."""
+    if config.anchor > 0 and row.get(columns.LOG_NORMALISER) is None:
+        raise ValueError(
+            f"anchor must be 0 where the normaliser is not known; got {config.anchor!r} with "
+            f"transformation {row[columns.TRANSFORMATION]!r}."
+        )
+    group = _group(row, beta)
+    check_finite("targets", group["targets"])
+    order = _order(group)
+    contrastive = config.anchor == 0
+    if contrastive and len(group["responses"]) < 2:
+        raise DroppedRow(_SINGLE)
+    tokens = _tokenise(group, tokenizer, config)
+    if contrastive and len(set(map(tuple, tokens.response_ids))) == 1:
+        # one text, which cannot be better than itself
+        raise DroppedRow(_CUT_ALIKE if any(tokens.repeated) else _EQUAL)
+    made = {
+        "prompt_ids": tokens.prompt_ids,
+        "response_ids": tokens.response_ids,
+        "targets": order if config.loss in HARD_LABEL_LOSSES else group["targets"],
+        "order": order,
+        "truncated": _truncated(group, tokens),
+        "weight": _weight(row),
+        "reference_logps": _reference_logps(row, tokens),
+    }
+    return made, tokens
+
+
 def _truncated(group: Mapping[str, Any], tokens: TokenizedGroup) -> list[bool]:
     """Tell which responses lack their end: cut here, or by the limit they were drawn with."""
     finished = group.get(columns.FINISHED) or [True] * len(tokens.truncated)
     return [cut or not done for cut, done in zip(tokens.truncated, finished, strict=True)]
 
 
-def _weight(row: Mapping[str, Any], index: int) -> float:
+def _weight(row: Mapping[str, Any]) -> float:
     """Return the weight of a row in the loss."""
     weight = row.get(columns.WEIGHT, 1.0)
     if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(
-            f"weight must be a finite number >= 0; got {weight!r} at row {index}. Mend or drop it."
-        )
+        raise ValueError(f"weight must be a finite number >= 0; got {weight!r}. Mend or drop it.")
     return float(weight)
 
 
-def _reference_logps(
-    row: Mapping[str, Any], tokens: TokenizedGroup, index: int
-) -> list[float] | None:
+def _reference_logps(row: Mapping[str, Any], tokens: TokenizedGroup) -> list[float] | None:
     """Return the dataset's log-probabilities, unless they are of other tokens."""
     values: list[float] | None = row.get(columns.REFERENCE_LOGPS)
     if values is None:
@@ -143,12 +167,12 @@ def _reference_logps(
     if len(values) != len(tokens.response_ids) or not all(map(math.isfinite, values)):
         raise ValueError(
             "reference_logps must be one finite number per response; got "
-            f"{values!r} for {len(tokens.response_ids)} responses at row {index}. {_RECOMPUTE}"
+            f"{values!r} for {len(tokens.response_ids)} responses. {_RECOMPUTE}"
         )
     if tokens.prompt_truncated or any(tokens.truncated):
         raise ValueError(
-            f"reference_logps must be of the tokens trained on; got a row that the length limits "
-            f"cut at row {index}. {_RECOMPUTE}"
+            "reference_logps must be of the tokens trained on; got a row that the length limits "
+            f"cut. {_RECOMPUTE}"
         )
     return values
 
@@ -171,12 +195,9 @@ def _group(row: Mapping[str, Any], beta: float) -> dict[str, Any]:
         shift = row[columns.LOG_NORMALISER] or 0.0  # raw rewards have none, and no anchor
         targets = [phi / beta - shift for phi in row[columns.TRANSFORMED_REWARDS]]
         return {**row, "targets": targets}
-    group = {
-        "prompt": row["prompt"],
-        "responses": [_text(row[columns.CHOSEN]), _text(row[columns.REJECTED])],
-        # only the difference counts; a plain pair's is 1, of which only the sign is used
-        "targets": [row.get(columns.MARGIN, 1.0) / beta, 0.0],
-    }
+    group = _texts(row)
+    # only the difference counts; a plain pair's is 1, of which only the sign is used
+    group["targets"] = [row.get(columns.MARGIN, 1.0) / beta, 0.0]
     if row.get(columns.CHOSEN_IDS) is not None:
         group[columns.RESPONSE_IDS] = [row[columns.CHOSEN_IDS], row[columns.REJECTED_IDS]]
     if row.get(columns.CHOSEN_FINISHED) is not None:
@@ -184,21 +205,30 @@ def _group(row: Mapping[str, Any], beta: float) -> dict[str, Any]:
     return group
 
 
-def _order(group: Mapping[str, Any], index: int) -> list[int]:
+def _texts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the prompt of a pair and the texts of its responses, the chosen one first."""
+    try:
+        split = split_pair(row)
+    except DroppedRow:
+        raise DroppedRow(_NO_PROMPT) from None
+    if split is not None:
+        return split
+    prompt = row[columns.PROMPT]
+    sides = {name: row[name] for name in (columns.CHOSEN, columns.REJECTED)}
+    for name, side in sides.items():
+        if is_messages(side) and isinstance(prompt, str):
+            raise ValueError(
+                f"prompt must be messages where {name} is; got {prompt!r}, which no chat template "
+                "would render. Write it as [{'role': 'user', 'content': ...}], or give chosen and "
+                "rejected as text."
+            )
+    texts = [response_text(name, side) for name, side in sides.items()]
+    return {"prompt": prompt, "responses": texts}
+
+
+def _order(group: Mapping[str, Any]) -> list[int]:
     """Return ranks of the responses, equal only for equal rewards; targets may tie unequal ones."""
     values = group.get(columns.REWARDS) or group["targets"]
-    finite = check_finite(f"rewards of train_dataset's row {index}", values)
+    finite = check_finite("rewards", values)
     ranks: list[int] = np.unique(finite, return_inverse=True)[1].tolist()
     return ranks
-
-
-def _text(response: Any) -> str:
-    """Return a response's text; a conversational one is a single assistant message."""
-    if isinstance(response, str):
-        return response
-    if len(response) != 1 or response[0].get("role") != "assistant":
-        raise ValueError(
-            f"a conversational response must be one assistant message; got {response!r}. Move "
-            "earlier messages to the prompt."
-        )
-    return str(response[0]["content"])

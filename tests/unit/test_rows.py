@@ -107,7 +107,7 @@ def test_rows_keep_the_order_that_targets_tie(tmp_path):
     (pair, _), _ = rows_of(pairs(made), config(tmp_path))
     assert pair["order"] == [1, 0]
     spoilt = made.remove_columns("rewards").add_column("rewards", [[0.0, 1.0, None]] * 2)
-    with pytest.raises(ValueError, match="rewards of train_dataset's row 0 must be finite; got 1 "):
+    with pytest.raises(ValueError, match="train_dataset's row 0: rewards must be finite; got 1 "):
         rows_of(spoilt, config(tmp_path))
 
 
@@ -117,10 +117,11 @@ def test_conversational_pairs(tmp_path):
     data = {
         "prompt": [[{"role": "user", "content": "q"}]],
         "chosen": [answer],
-        "rejected": [answer],
+        "rejected": [[{"role": "assistant", "content": "b"}]],
     }
     rows, _ = rows_of(Dataset.from_dict(data), config(tmp_path, loss="dpo", beta=0.1))
-    assert len(rows[0]["response_ids"]) == 2
+    letters = tiny_tokenizer().convert_tokens_to_ids
+    assert rows[0]["response_ids"] == [[letters("a"), 2], [letters("b"), 2]]
     with pytest.raises(ValueError, match="must be one assistant message; got"):
         rows_of(
             Dataset.from_dict(data | {"rejected": [two]}), config(tmp_path, loss="dpo", beta=0.1)
@@ -234,7 +235,7 @@ def test_a_setting_that_would_label_a_labelled_dataset_is_refused(setting, lacks
         ({"beta": [float("nan")] * 2}, "beta must be finite and > 0; got nan"),
         (
             {"transformed_rewards": [[0.0, 1.0, 2.0], [0.0, float("nan"), 1.0]]},
-            "targets of train_dataset's row 1 must be finite; got 1 non-finite of 3, first .*nan",
+            "train_dataset's row 1: targets must be finite; got 1 non-finite of 3, first .*nan",
         ),
         (
             {"response_ids": [[[5], [], [6]]] * 2, "finished": [[False] * 3] * 2},
@@ -310,7 +311,9 @@ def test_weights_travel_with_groups_and_pairs(tmp_path):
     assert [row["weight"] for row in rows_of(pairs(made), config(tmp_path))[0]] == [0.5, 3.0]
     for bad in (-1.0, float("nan"), None):
         made = relabel(scored(weight=[1.0, bad]), procedure="single_draw", beta=0.5)
-        with pytest.raises(ValueError, match="weight must be a finite number >= 0; got .* row 1"):
+        with pytest.raises(
+            ValueError, match=f"row 1: weight must be a finite number >= 0; got {bad}"
+        ):
             rows_of(made, config(tmp_path))
 
 
@@ -318,8 +321,14 @@ def test_pairs_need_their_prompt_and_no_anchor(tmp_path):
     made = pairs(relabel(scored(), procedure="single_draw", beta=0.5))
     with pytest.raises(ValueError, match="anchor must be 0 for pairs, .*; got 1.0"):
         rows_of(made, config(tmp_path, anchor=1.0))
-    with pytest.raises(ValueError, match="column 'prompt' is missing .* implicit prompt"):
+    with pytest.raises(ValueError, match="and 2 pairs whose sides begin with no common prompt"):
         rows_of(made.remove_columns("prompt"), config(tmp_path))
+    ids = {"chosen_token_ids": [[5], [6]], "rejected_token_ids": [[7], [8]]}
+    drawn = Dataset.from_dict(made.to_dict() | ids)
+    assert rows_of(drawn, config(tmp_path))[0][1]["response_ids"] == [[6], [8]]
+    message = "column 'prompt' is missing .* train_dataset has tokens of responses without it"
+    with pytest.raises(ValueError, match=message):
+        rows_of(drawn.remove_columns("prompt"), config(tmp_path))
 
 
 @pytest.mark.parametrize("loss", [{}, {"loss": "dpo"}])
@@ -347,7 +356,9 @@ def test_margins_that_are_none_are_refused_by_row(margins, message, loss, tmp_pa
 def test_reference_values_of_other_tokens_are_refused(tmp_path):
     logps = [[-1.0, -2.0, -3.0]] * 2
     made = relabel(scored(reference_logps=logps), procedure="single_draw", beta=0.5)
-    with pytest.raises(ValueError, match="of the tokens trained on; got .* cut at row 0. Remove"):
+    with pytest.raises(
+        ValueError, match="row 0: reference_logps must be of the tokens .* cut. Remove"
+    ):
         rows_of(made, config(tmp_path, max_response_length=1))
     bad = relabel(scored(reference_logps=[[-1.0], [-2.0]]), procedure="single_draw", beta=0.5)
     with pytest.raises(ValueError, match="one finite number per response; got .-1.0. for 3"):
