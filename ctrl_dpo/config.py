@@ -114,6 +114,11 @@ class CTRLDPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _doc("Off: a loss of NaN must not be logged as 0.", False)
     remove_unused_columns: bool = _doc("Off: the collator needs every column.", False)
     logging_steps: float = _doc("Log every so many updates.", 10)
+    restore_callback_states_from_checkpoint: bool = _doc(
+        "On: a resumed run stops early where the whole one does. A callback's own settings are "
+        "then the checkpoint's too.",
+        True,
+    )
     optim: str = _doc("Optimiser; adamw_8bit by default with load_in_8bit.", "")
 
     def __post_init__(self) -> None:
