@@ -25,7 +25,7 @@ from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
 from ctrl_dpo.engine.rows import training_rows, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
-from ctrl_dpo.engine.setup import mixed_precision, set_up_policies
+from ctrl_dpo.engine.setup import check_arguments, mixed_precision, set_up_policies
 from ctrl_dpo.engine.sharing import can_share_prompt
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         peft_config: Any = None,
         callbacks: list[Any] | None = None,
     ) -> None:
+        check_arguments(model, args, ref_model, peft_config)
         check_one_device(model, args.n_gpu)
         data = labelled(train_dataset, args)
         self.beta = resolve_beta(data, args)
@@ -253,6 +254,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._pools = LengthPools(lengths, size, seed)
         return self._pools
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """Leave rows that are evaluated as they are; group_by_length would look for input_ids."""
 
     def _run_epoch(self, **arguments: Any) -> None:
         """Train for an epoch in its order, of which accelerate tells a resumed loader nothing."""

@@ -244,6 +244,20 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(order, tmp_path):
     assert sorts == (order == "group_by_length")
 
 
+def test_an_order_of_training_is_none_of_evaluation(tmp_path):
+    """Evaluated before the first update, in batches of two, the losses are the same to the bit."""
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    losses = []
+    for order in ("random", "sequential", "group_by_length"):
+        settings |= {"per_device_eval_batch_size": 2, "train_sampling_strategy": order}
+        made = trainer(tmp_path / order, eval_data=labels(), **settings)
+        made.train()
+        rows = [row["eval_loss"] for row in made.state.log_history if "eval_loss" in row]
+        assert len(rows) == 2
+        losses.append(rows[0])
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     made = trainer(tmp_path)
     for name, weight in made.model.named_parameters():
