@@ -108,7 +108,11 @@ class CTRLDPOConfig(TrainingArguments):
     max_response_length: int | None = _doc(
         "Limit in tokens; longer responses are cut and lose their end token, and are counted.", None
     )
-    share_prompt: bool = _doc("Compute a prompt once for all its responses.", True)
+    share_prompt: bool = _doc(
+        "Compute a prompt once for all its responses. All pairs of a prompt become one row of a "
+        "batch, so that batches hold more pairs and an epoch has fewer updates.",
+        True,
+    )
     max_tokens_per_pass: int | None = _doc(
         "Tokens of one forward and backward pass, a bound of memory: micro-batches, and the rows "
         "of the reference pass, are computed in passes of groups of similar length. By default one "

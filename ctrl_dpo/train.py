@@ -23,7 +23,7 @@ from ctrl_dpo.engine.passes import LengthPools, collate_passes, default_tokens
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
-from ctrl_dpo.engine.rows import training_rows, warn_of_overlap
+from ctrl_dpo.engine.rows import training_rows, warn_of_merged_pairs, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
 from ctrl_dpo.engine.setup import check_arguments, mixed_precision, set_up_policies
 from ctrl_dpo.engine.sharing import can_share_prompt
@@ -49,7 +49,8 @@ class CTRLDPOTrainer(ResumableTrainer):
     train_dataset : datasets.Dataset
         Groups (``prompt, responses, rewards``), relabelled groups, pairs with ``margin``, with
         ``anchor`` > 0 single responses (``prompt, response, reward``), or, for the losses ``dpo``
-        and ``ipo``, plain pairs. A column ``weight`` multiplies the loss of its row.
+        and ``ipo``, plain pairs. A column ``weight`` multiplies the loss of its row. Pairs of one
+        prompt are one row of a batch, unless ``share_prompt`` is False.
     eval_dataset : datasets.Dataset or dict of str to datasets.Dataset, optional
         The same, for evaluation losses and metrics.
     processing_class : transformers.PreTrainedTokenizerBase, optional
@@ -101,6 +102,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
+        warn_of_merged_pairs(rows, self.data_counts)
         parts = {k: labelled(part, args) for k, part in _by_name(eval_dataset).items()}
         evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}
         from_dataset = all(row["reference_logps"] is not None for row in rows)

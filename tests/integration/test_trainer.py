@@ -102,6 +102,26 @@ def test_plain_pairs_train_with_hard_labels(loss, tmp_path):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
+def test_pairs_of_a_prompt_are_one_row_aloud(tmp_path, caplog):
+    """16 pairs of 4 prompts in batches of two: 4 rows and 2 updates an epoch, apart 16 and 8."""
+    data = Dataset.from_dict(
+        {
+            "prompt": [f"q{i // 4}" for i in range(16)],
+            "chosen": [f"a{i}" for i in range(16)],
+            "rejected": [f"b{i}" for i in range(16)],
+        }
+    )
+    settings = {"loss": "dpo", "beta": 0.1, "max_steps": -1, "num_train_epochs": 1}
+    for share, updates in ((True, 2), (False, 8)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            made = trainer(tmp_path / str(share), data, share_prompt=share, **settings)
+        told = "16 pairs are 4 rows of batches" in caplog.text
+        assert told is share
+        assert ("share_prompt=False" in caplog.text) is share
+        assert made.train().global_step == updates
+
+
 def test_pairs_with_margins_and_scored_groups_train(tmp_path):
     made = trainer(tmp_path / "pairs", pairs(labels()), max_steps=40)
     made.train()
