@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ctrl_dpo._validation import check_choice, check_integer, check_positive
+from ctrl_dpo._validation import check_choice, check_integer, check_positive, check_weight
 from ctrl_dpo.calibrate import METHODS
 from ctrl_dpo.engine.checks import check_attention
 from ctrl_dpo.engine.models import DTYPES, fast_dtype
@@ -20,6 +20,34 @@ from ctrl_dpo.transform import parse_transformation
 
 LOSSES = ("squared", "soft_label", "softmax", "dpo", "ipo")
 HARD_LABEL_LOSSES = ("dpo", "ipo")
+# orders of the rows; batch_rebalance of transformers wants the columns of another kind of row
+ORDERS = ("random", "sequential", "group_by_length")
+
+_METRICS = "Evaluation has the metrics of training; there is no compute_metrics."
+_ONE_TYPE = "Log-ratios need policy and reference in one type: set model_dtype, or bf16=True."
+_ANOTHER = "The policy would be another function than the reference before the first update."
+_NO_LABELS = "No loss here has labels of tokens; soft_label fits soft preferences."
+_SECOND_TRY = (
+    "A second try would go on from the first's weights. Lower max_tokens_per_pass instead."
+)
+# settings of transformers that would do nothing here, or break a run later: value, and why
+_FIXED: dict[str, tuple[Any, str]] = {
+    "auto_find_batch_size": (False, _SECOND_TRY),
+    "average_tokens_across_devices": (
+        True,
+        "An update is a mean over the groups of all processes.",
+    ),
+    "batch_eval_metrics": (False, _METRICS),
+    "bf16_full_eval": (False, _ONE_TYPE),
+    "enable_jit_checkpoint": (False, "SIGTERM and SIGINT save a complete checkpoint without it."),
+    "fp16_full_eval": (False, _ONE_TYPE),
+    "include_for_metrics": ([], _METRICS),
+    "label_names": (None, _METRICS),
+    "label_smoothing_factor": (0.0, _NO_LABELS),
+    "length_column_name": ("length", "Lengths are counted in tokens."),
+    "neftune_noise_alpha": (None, _ANOTHER),
+    "remove_unused_columns": (False, "Batches are made of every column."),
+}
 
 
 def _doc(text: str, default: Any) -> Any:
@@ -80,7 +108,11 @@ class CTRLDPOConfig(TrainingArguments):
     max_response_length: int | None = _doc(
         "Limit in tokens; longer responses are cut and lose their end token, and are counted.", None
     )
-    share_prompt: bool = _doc("Compute a prompt once for all its responses.", True)
+    share_prompt: bool = _doc(
+        "Compute a prompt once for all its responses. All pairs of a prompt become one row of a "
+        "batch, so that batches hold more pairs and an epoch has fewer updates.",
+        True,
+    )
     max_tokens_per_pass: int | None = _doc(
         "Tokens of one forward and backward pass, a bound of memory: micro-batches, and the rows "
         "of the reference pass, are computed in passes of groups of similar length. By default one "
@@ -114,6 +146,11 @@ class CTRLDPOConfig(TrainingArguments):
     logging_nan_inf_filter: bool = _doc("Off: a loss of NaN must not be logged as 0.", False)
     remove_unused_columns: bool = _doc("Off: the collator needs every column.", False)
     logging_steps: float = _doc("Log every so many updates.", 10)
+    restore_callback_states_from_checkpoint: bool = _doc(
+        "On: a resumed run stops early where the whole one does. A callback's own settings are "
+        "then the checkpoint's too.",
+        True,
+    )
     optim: str = _doc("Optimiser; adamw_8bit by default with load_in_8bit.", "")
 
     def __post_init__(self) -> None:
@@ -130,12 +167,14 @@ class CTRLDPOConfig(TrainingArguments):
             # only its name: the procedure and beta of the optimal one are those of the labels
             self.transformation = str(parse_transformation(self.transformation, "single_draw", 1.0))
         self._check_conflicts()
+        self._check_fixed()
         if not self.optim:
             self.optim = "adamw_8bit" if self.load_in_8bit else "adamw_torch"
         if not torch.accelerator.is_available():
             self.use_cpu = True
             self.dataloader_pin_memory = False
         super().__post_init__()
+        self._check_parsed()
         check_attention(self.attn_implementation, self.device)
         self.model_dtype = self.model_dtype or fast_dtype(self.device)
         if self.max_tokens_per_pass is None:
@@ -148,6 +187,7 @@ class CTRLDPOConfig(TrainingArguments):
         for name in ("max_prompt_length", "max_response_length", "max_tokens_per_pass"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
+        check_weight("anchor", self.anchor)
         if not check_positive("learning_rate", self.learning_rate) <= 1:
             raise ValueError(
                 f"learning_rate must be <= 1; got {self.learning_rate!r}. An Adam step moves every "
@@ -158,8 +198,6 @@ class CTRLDPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be a number; got nan.")
 
     def _check_conflicts(self) -> None:
-        if self.anchor < 0:
-            raise ValueError(f"anchor must be >= 0; got {self.anchor!r}.")
         if self.anchor > 0 and self.loss != "squared":
             raise ValueError(f"anchor must be 0 unless loss is squared; got loss={self.loss!r}.")
         if self.anchor > 0 and (self.transformation == RAW or self.accept_other_labels):
@@ -174,13 +212,30 @@ class CTRLDPOConfig(TrainingArguments):
             raise ValueError(
                 f"beta and target_kl exclude each other; got {self.beta!r} and {self.target_kl!r}."
             )
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "enable_jit_checkpoint must be False; got True. SIGTERM and SIGINT save a complete "
-                "checkpoint without it."
-            )
         if self.loss in HARD_LABEL_LOSSES:
             self._check_hard_label()
+
+    def _check_fixed(self) -> None:
+        """Raise for settings of transformers that would do nothing here, or break a run later."""
+        for name, (wanted, reason) in _FIXED.items():
+            if getattr(self, name) != wanted:
+                raise ValueError(
+                    f"{name} must be {wanted!r}; got {getattr(self, name)!r}. {reason}"
+                )
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, ORDERS)
+
+    def _check_parsed(self) -> None:
+        """Raise for parts, as transformers has read them, that no batch or model here survives."""
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "dispatch_batches of accelerator_config must be False; got True. It cuts the parts "
+                "of a batch to one length; every process reads its own rows without it."
+            )
+        if "underflow_overflow" in self.debug:
+            raise ValueError(
+                f"debug must be empty; got {self.debug!r}, which needs the logits that are not "
+                "computed here. What is not finite stops training without it."
+            )
 
     def _check_hard_label(self) -> None:
         if self.beta is None:

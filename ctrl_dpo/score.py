@@ -56,7 +56,8 @@ def score(
     Raises
     ------
     TypeError
-        If the groups are no ``datasets.Dataset``, or a response is no text.
+        If the groups are no ``datasets.Dataset``, a response is no text, or the reward is none of
+        these or returns anything but numbers.
     ValueError
         If there is no row, a column is missing or there already or, as ``tools``, would not be
         rendered, a row has no response, or a score is not finite.
@@ -113,6 +114,8 @@ def load_reward(reward: str | Callable[..., Any] | Reward, **options: Any) -> Re
 
     Raises
     ------
+    TypeError
+        If it is neither.
     ValueError
         If options are given for a function.
     """
@@ -126,7 +129,14 @@ def load_reward(reward: str | Callable[..., Any] | Reward, **options: Any) -> Re
         raise ValueError(
             f"options of a reward must be for a checkpoint; got {sorted(options)} for a function."
         )
-    return FunctionReward(reward) if callable(reward) else reward
+    if callable(reward):
+        return FunctionReward(reward)
+    if not hasattr(reward, "batches"):
+        raise TypeError(
+            "reward must be a checkpoint's name, module:function, a function or what load_reward "
+            f"returns; got {reward!r}."
+        )
+    return reward
 
 
 def _candidates(groups: Dataset) -> Iterator[list[Candidate]]:

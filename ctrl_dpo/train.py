@@ -23,9 +23,9 @@ from ctrl_dpo.engine.passes import LengthPools, collate_passes, default_tokens
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
 from ctrl_dpo.engine.resumable import ResumableTrainer
-from ctrl_dpo.engine.rows import training_rows, warn_of_overlap
+from ctrl_dpo.engine.rows import training_rows, warn_of_merged_pairs, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
-from ctrl_dpo.engine.setup import mixed_precision, set_up_policies
+from ctrl_dpo.engine.setup import check_arguments, mixed_precision, set_up_policies
 from ctrl_dpo.engine.sharing import can_share_prompt
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class CTRLDPOTrainer(ResumableTrainer):
     train_dataset : datasets.Dataset
         Groups (``prompt, responses, rewards``), relabelled groups, pairs with ``margin``, with
         ``anchor`` > 0 single responses (``prompt, response, reward``), or, for the losses ``dpo``
-        and ``ipo``, plain pairs. A column ``weight`` multiplies the loss of its row.
+        and ``ipo``, plain pairs. A column ``weight`` multiplies the loss of its row. Pairs of one
+        prompt are one row of a batch, unless ``share_prompt`` is False.
     eval_dataset : datasets.Dataset or dict of str to datasets.Dataset, optional
         The same, for evaluation losses and metrics.
     processing_class : transformers.PreTrainedTokenizerBase, optional
@@ -94,6 +95,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         peft_config: Any = None,
         callbacks: list[Any] | None = None,
     ) -> None:
+        check_arguments(model, args, ref_model, peft_config)
         check_one_device(model, args.n_gpu)
         data = labelled(train_dataset, args)
         self.beta = resolve_beta(data, args)
@@ -101,6 +103,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
+        warn_of_merged_pairs(rows, self.data_counts)
         given = _by_name(eval_dataset)
         parts = {k: labelled(part, args, _argument(k)) for k, part in given.items()}
         evaluated = {
@@ -214,7 +217,7 @@ class CTRLDPOTrainer(ResumableTrainer):
             )
         dataset = labelled(dataset, self.args, name)
         check_computation(dataset, self.reference_computed)
-        rows = self._tokenised(dataset, self.processing_class, self.args)
+        rows = self._tokenised(dataset, self.processing_class, self.args, name)
         check_context(self.model, rows, name)
         self._add_reference_logps(rows, self.args)
         return rows
@@ -281,6 +284,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._pools = LengthPools(lengths, size, seed)
         return self._pools
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """Leave rows that are evaluated as they are; group_by_length would look for input_ids."""
 
     def _run_epoch(self, **arguments: Any) -> None:
         """Train for an epoch in its order, of which accelerate tells a resumed loader nothing."""

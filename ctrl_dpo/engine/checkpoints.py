@@ -23,6 +23,13 @@ logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SCRATCH = ".saving"
 _NAME = re.compile(r"checkpoint-(\d+)")
+# beside the weights, by what they are called with one process or several, FSDP (optimizer.bin,
+# optimizer_0) and DeepSpeed, whose folder holds both of the first two
+_STATES = {
+    "optimizer.pt": ("optimizer.*", "optimizer_*", "global_step*"),
+    "scheduler.pt": ("scheduler.pt", "global_step*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -165,6 +172,31 @@ def check_complete(folder: Path) -> None:
         raise ValueError(
             f"checkpoint must be complete; got {str(folder)!r}, where {fault}. Resume from an "
             "older one; resume_from_checkpoint=True finds it."
+        )
+
+
+def check_resumable(folder: Path) -> None:
+    """Raise where a complete checkpoint has weights only, from which no run goes on as it was.
+
+    Parameters
+    ----------
+    folder : Path
+        A complete checkpoint.
+
+    Raises
+    ------
+    ValueError
+        Naming the states that were not saved: optimiser, schedule, random numbers.
+    """
+    absent = [
+        name for name, forms in _STATES.items() if not any(any(folder.glob(f)) for f in forms)
+    ]
+    if absent:
+        raise ValueError(
+            "checkpoint must hold optimiser, schedule and random state to be resumed; got "
+            f"{str(folder)!r} without {', '.join(absent)}, as save_only_model=True saves it. "
+            "Resume from another one, or start over: with save_only_model=False, in a new "
+            "output_dir."
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
@@ -84,7 +84,8 @@ class ResumableTrainer(Trainer):
         Raises
         ------
         ValueError
-            If the checkpoint is damaged or of another run, or ``output_dir`` is in use.
+            If the checkpoint is damaged, of another run or of weights only, or ``output_dir`` is in
+            use.
         FloatingPointError
             If loss, gradient norm or weights are not finite.
 
@@ -118,6 +119,7 @@ class ResumableTrainer(Trainer):
                 f"output_dir must hold a checkpoint to resume from; got none in {str(run_dir)!r}."
             )
         checkpoints.check_complete(folder)
+        checkpoints.check_resumable(folder)
         changes = check_same_run(
             checkpoints.read_run(folder), run, str(folder), self.args.allow_changed
         )
@@ -143,11 +145,35 @@ class ResumableTrainer(Trainer):
 
     def _run_epoch(self, **arguments: Any) -> None:
         """Train for an epoch, unless the checkpoint was of the last step already."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self._had_stopped_early():
             self._load_rng_state(str(self._source))
             self.control.should_training_stop = True
             return
         super()._run_epoch(**arguments)
+
+    def _load_callback_state(self) -> None:
+        """Restore callbacks too, each in its place: some act on what others decided before them."""
+        given = self.callback_handler.callbacks.copy()
+        order = [type(callback) for callback in given]
+        super()._load_callback_state()
+        self.callback_handler.callbacks.sort(key=lambda callback: order.index(type(callback)))
+        for old, new in zip(given, self.callback_handler.callbacks, strict=True):
+            if new is not old and new.state()["args"] != old.state()["args"]:
+                logger.warning(
+                    "%s goes on with the checkpoint's %s instead of %s; "
+                    "restore_callback_states_from_checkpoint=False starts it anew.",
+                    type(new).__name__,
+                    new.state()["args"],
+                    old.state()["args"],
+                )
+
+    def _had_stopped_early(self) -> bool:
+        """Tell whether early stopping had ended the run that the checkpoint is of."""
+        stops = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        return self._source is not None and any(
+            0 < stop.early_stopping_patience <= stop.early_stopping_patience_counter
+            for stop in stops
+        )
 
     # ---- guards ----
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import reprlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,12 +103,14 @@ class FunctionReward:
 
         Raises
         ------
+        TypeError
+            If the function returns no list of numbers.
         ValueError
-            If the function returns another number of scores than it was given responses.
+            If it returns another number of scores than it was given responses.
         """
         for start in range(0, len(candidates), batch_size):
             part = candidates[start : start + batch_size]
-            scores = list(self.function([c.prompt for c in part], [c.response for c in part]))
+            scores = self._list(self.function([c.prompt for c in part], [c.response for c in part]))
             if len(scores) != len(part):
                 raise ValueError(
                     f"reward {self.name} must return one score a response; got {len(scores)} for "
@@ -115,10 +118,24 @@ class FunctionReward:
                 )
             yield {start + i: self._number(value) for i, value in enumerate(scores)}
 
+    def _list(self, returned: Any) -> list[Any]:
+        """List what the function returned; a mapping or a set has no scores in an order."""
+        shape = getattr(returned, "shape", (0,))
+        other = isinstance(returned, (str, bytes, Mapping, Set))
+        if other or len(shape) != 1 or not isinstance(returned, Iterable):
+            kind = f"{type(returned).__name__} of shape {tuple(shape)}"
+            raise TypeError(
+                f"reward {self.name} must return one number a response, in a list or an array of "
+                f"one dimension; got {reprlib.repr(returned) if len(shape) == 1 else kind}."
+            )
+        return list(returned)
+
     def _number(self, score: Any) -> float:
         """Convert one score, of Python, numpy or torch."""
-        if isinstance(score, str) or not hasattr(score, "__float__"):
-            raise TypeError(f"reward {self.name} must return numbers; got {score!r}.")
+        shape = tuple(getattr(score, "shape", ()))
+        several = any(size != 1 for size in shape)
+        if isinstance(score, str) or several or not hasattr(score, "__float__"):
+            raise TypeError(f"reward {self.name} must return numbers; got {reprlib.repr(score)}.")
         return float(score)
 
 

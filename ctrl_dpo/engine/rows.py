@@ -60,7 +60,8 @@ def training_rows(
         ``prompt_ids``, ``response_ids``, ``targets`` (nats; for the losses ``dpo`` and ``ipo`` the
         ``order``), ``order`` (ranks of the rewards, of the targets where there are none),
         ``truncated``, ``dataset_rows`` (where each response comes from), ``weight`` and, where the
-        dataset has them, ``reference_logps``. Pairs of one prompt are one row, with ``members``.
+        dataset has them, ``reference_logps``. With ``share_prompt``, pairs of one prompt are one
+        row, with ``members``.
     counts : dict of str to int
         Rows in, kept and dropped, and what tokenisation did.
 
@@ -98,6 +99,19 @@ def training_rows(
     lost = any(dropped.values())
     logger.log(logging.WARNING if lost else logging.INFO, "rows of %s: %s", name, counts)
     return rows, counts
+
+
+def warn_of_merged_pairs(rows: list[dict[str, Any]], counts: Mapping[str, int]) -> None:
+    """Warn where an update holds more pairs, and an epoch fewer updates, than pairs alone give."""
+    merged = counts.get("pairs_merged_by_prompt", 0)
+    if merged:
+        logger.warning(
+            "%d pairs are %d rows of batches: those of one prompt are one row, which shares its "
+            "prompt. Lower per_device_train_batch_size for as many updates an epoch, or set "
+            "share_prompt=False to keep pairs apart.",
+            len(rows) + merged,
+            len(rows),
+        )
 
 
 def warn_of_overlap(rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]]) -> None:

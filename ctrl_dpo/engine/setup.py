@@ -16,6 +16,43 @@ from ctrl_dpo.engine.models import load_policy, switch_dropout_off
 from ctrl_dpo.engine.policies import ReferencePolicy, choose_reference
 
 
+def check_arguments(model: Any, args: Any, ref_model: Any, peft_config: Any) -> None:
+    """Raise where what a user gives is not of its type.
+
+    Parameters
+    ----------
+    model, args, ref_model, peft_config : Any
+        As given to the trainer.
+
+    Raises
+    ------
+    TypeError
+        Naming the argument, the type it has, and what to give.
+    """
+    from peft import PeftConfig  # slow to load
+
+    if not isinstance(args, CTRLDPOConfig):
+        raise TypeError(
+            f"args must be a CTRLDPOConfig; got {_kind(args)}. Give CTRLDPOConfig(output_dir, ...),"
+            " which takes every setting of transformers.TrainingArguments."
+        )
+    models = {"model": model} if ref_model is None else {"model": model, "ref_model": ref_model}
+    for name, value in models.items():
+        if not isinstance(value, (str, Path, torch.nn.Module)):
+            raise TypeError(
+                f"{name} must be a model, its folder or its hub name; got {_kind(value)}."
+            )
+    if peft_config is not None and not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config must be a peft.PeftConfig; got {_kind(peft_config)}. Give an object, "
+            "such as LoraConfig(r=16, target_modules='all-linear', task_type='CAUSAL_LM')."
+        )
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"one of type {type(value).__name__}"
+
+
 def set_up_policies(
     model: Any,
     ref_model: Any,

@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
 from ctrl_dpo.data.disk import exclusive
@@ -170,6 +171,80 @@ def test_rows_of_an_epochs_end_are_in_its_checkpoint(strategy, data, tmp_path):
     other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
     assert different(state(one), state(other)) == []
     assert [row["step"] for row in state(other)["log"] if "eval_loss" in row] == [6, 8]
+
+
+EARLY = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+EARLY |= {"metric_for_best_model": "rewards/margins", "greater_is_better": False}
+
+
+@pytest.fixture(scope="module")
+def stopped_early(data, tmp_path_factory):
+    """Margins grow from the first evaluation on, which early stopping takes for worse."""
+    output = tmp_path_factory.mktemp("early")
+    stop = EarlyStoppingCallback(early_stopping_patience=3)
+    trainer = make(output, data, callbacks=[stop], eval_dataset=data, **EARLY)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    return output, state(trainer)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_resumed_run_stops_early_where_the_whole_one_does(step, stopped_early, data, tmp_path):
+    output, expected = stopped_early
+    stop = EarlyStoppingCallback(early_stopping_patience=3)
+    trainer = make(tmp_path, data, callbacks=[stop], eval_dataset=data, **EARLY)
+    result = trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{step}"))
+    assert result.global_step == 4
+    assert different(expected, state(trainer)) == []
+
+
+def test_a_callbacks_own_settings_are_the_checkpoints_aloud(stopped_early, data, tmp_path, caplog):
+    for restored, steps in ((True, 4), (False, 8)):
+        # anew, the fourth step of no improvement after step 4 is the eighth
+        settings = EARLY | {"restore_callback_states_from_checkpoint": restored}
+        stop = EarlyStoppingCallback(early_stopping_patience=4)
+        trainer = make(tmp_path, data, callbacks=[stop], eval_dataset=data, **settings)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            result = trainer.train(resume_from_checkpoint=str(stopped_early[0] / "checkpoint-4"))
+        assert result.global_step == steps
+        told = "EarlyStoppingCallback goes on with the checkpoint's {'early_stopping_patience': 3"
+        assert (told in caplog.text) is restored
+
+
+class Counting(TrainerCallback, ExportableState):
+    """Count steps."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+    def state(self):
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+
+def test_a_restored_callback_keeps_its_place(data, tmp_path, caplog):
+    one = make(tmp_path / "one", data, callbacks=[Counting()], max_steps=3)
+    one.train()
+    kinds = [type(callback) for callback in one.callback_handler.callbacks]
+    other = make(tmp_path / "other", data, callbacks=[Counting()], max_steps=3)
+    with caplog.at_level(logging.WARNING):
+        other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
+    assert [type(callback) for callback in other.callback_handler.callbacks] == kinds
+    (counting,) = (c for c in other.callback_handler.callbacks if isinstance(c, Counting))
+    assert counting.steps == 3
+    assert different(state(one), state(other)) == []
+    assert caplog.text == ""
+
+
+def test_weights_alone_are_not_resumed(data, tmp_path):
+    make(tmp_path, data, max_steps=2, save_only_model=True).train()
+    trainer = make(tmp_path, data, max_steps=2, save_only_model=True, allow_changed=True)
+    for chosen in (True, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match="got .*without optimizer.pt, scheduler.pt, rng_state"):
+            trainer.train(resume_from_checkpoint=chosen)
 
 
 class At(TrainerCallback):

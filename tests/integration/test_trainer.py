@@ -102,6 +102,26 @@ def test_plain_pairs_train_with_hard_labels(loss, tmp_path):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
+def test_pairs_of_a_prompt_are_one_row_aloud(tmp_path, caplog):
+    """16 pairs of 4 prompts in batches of two: 4 rows and 2 updates an epoch, apart 16 and 8."""
+    data = Dataset.from_dict(
+        {
+            "prompt": [f"q{i // 4}" for i in range(16)],
+            "chosen": [f"a{i}" for i in range(16)],
+            "rejected": [f"b{i}" for i in range(16)],
+        }
+    )
+    settings = {"loss": "dpo", "beta": 0.1, "max_steps": -1, "num_train_epochs": 1}
+    for share, updates in ((True, 2), (False, 8)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            made = trainer(tmp_path / str(share), data, share_prompt=share, **settings)
+        told = "16 pairs are 4 rows of batches" in caplog.text
+        assert told is share
+        assert ("share_prompt=False" in caplog.text) is share
+        assert made.train().global_step == updates
+
+
 def test_pairs_with_margins_and_scored_groups_train(tmp_path):
     made = trainer(tmp_path / "pairs", pairs(labels()), max_steps=40)
     made.train()
@@ -242,6 +262,20 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(order, tmp_path):
         assert torch.equal(value, weights(resumed)[name]), name
     sorts = type(whole._get_train_sampler()).__name__ == "LengthPools"
     assert sorts == (order == "group_by_length")
+
+
+def test_an_order_of_training_is_none_of_evaluation(tmp_path):
+    """Evaluated before the first update, in batches of two, the losses are the same to the bit."""
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    losses = []
+    for order in ("random", "sequential", "group_by_length"):
+        settings |= {"per_device_eval_batch_size": 2, "train_sampling_strategy": order}
+        made = trainer(tmp_path / order, eval_data=labels(), **settings)
+        made.train()
+        rows = [row["eval_loss"] for row in made.state.log_history if "eval_loss" in row]
+        assert len(rows) == 2
+        losses.append(rows[0])
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

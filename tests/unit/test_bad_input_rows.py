@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from tiny import tiny_llama, tiny_tokenizer
+from transformers import TrainingArguments
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, pairs, relabel, to_groups
 from ctrl_dpo.calibrate import RewardCalibrator
@@ -55,6 +56,26 @@ def trainer(tmp_path, data: Dataset, **options) -> CTRLDPOTrainer:
     tokenizer = options.pop("processing_class", tiny_tokenizer())
     models = {"model": tiny_llama(), "ref_model": tiny_llama(), "processing_class": tokenizer}
     return CTRLDPOTrainer(args=args, train_dataset=data, **models | options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"args": None}, r"args must be a CTRLDPOConfig; got None. Give CTRLDPOConfig\(output_dir"),
+        ({"args": "out"}, "args must be a CTRLDPOConfig; got one of type str"),
+        ({"args": TrainingArguments}, "args must be .*; got one of type TrainingArguments. Give C"),
+        ({"model": None}, "^model must be a model, its folder or its hub name; got None"),
+        ({"ref_model": 5}, "^ref_model must be a model, its .*; got one of type int"),
+        ({"peft_config": {"r": 4}}, "peft_config must be .*; got one of type dict. .*LoraConfig"),
+    ],
+)
+def test_arguments_of_the_trainer_are_of_their_types(given, message, tmp_path):
+    settings = {"output_dir": str(tmp_path), "report_to": "none"}
+    whole = {"model": tiny_llama(), "args": CTRLDPOConfig(**settings)} | given
+    if given.get("args") is TrainingArguments:
+        whole["args"] = TrainingArguments(**settings)
+    with pytest.raises(TypeError, match=message):
+        CTRLDPOTrainer(train_dataset=labelled([1.0, 2.0]), **whole)
 
 
 def test_01_empty_dataset():

@@ -13,6 +13,7 @@ from ctrl_dpo.engine.checkpoints import (
     MANIFEST,
     SCRATCH,
     check_complete,
+    check_resumable,
     clear_scratch,
     find_fault,
     list_checkpoints,
@@ -144,6 +145,31 @@ def test_folders_within_a_checkpoint_are_covered(tmp_path):
     assert find_fault(folder) is None
     flip(folder / "optimizer_0" / "shard.distcp")
     assert find_fault(folder) == "optimizer_0/shard.distcp is not as it was written (sha256)"
+
+
+STATES = {
+    "one process": ["optimizer.pt", "scheduler.pt", "rng_state.pth"],
+    "two processes": ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"],
+    "FSDP, whole": ["optimizer.bin", "scheduler.pt", "rng_state_0.pth"],
+    "FSDP, sharded": ["optimizer_0/__0_0.distcp", "scheduler.pt", "rng_state_0.pth"],
+    "DeepSpeed": ["global_step1/zero_pp_rank_0_optim_states.pt", "latest", "rng_state_0.pth"],
+}
+
+
+@pytest.mark.parametrize("layout", STATES)
+def test_a_checkpoint_without_its_states_is_not_resumed(layout, tmp_path):
+    weights = {"adapter_model.safetensors": b"1", "trainer_state.json": b"{}"}
+    states = STATES[layout]
+    check_resumable(write(tmp_path, 1, weights | dict.fromkeys(states, b"1")))
+    with pytest.raises(
+        ValueError,
+        match="checkpoint must hold optimiser, schedule and random state to be resumed; got .*"
+        "checkpoint-2' without optimizer.pt, scheduler.pt, rng_state.pth, .*save_only_model=True",
+    ):
+        check_resumable(write(tmp_path, 2, weights))
+    without = {name: b"1" for name in states if "rng" not in name}
+    with pytest.raises(ValueError, match="got .*checkpoint-3' without rng_state.pth, as"):
+        check_resumable(write(tmp_path, 3, weights | without))
 
 
 def test_steps_decide_the_order_and_clocks_do_not(tmp_path):

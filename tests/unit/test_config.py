@@ -30,11 +30,35 @@ def test_defaults(tmp_path):
         ({"learning_rate": float("nan")}, "learning_rate must be finite and > 0; got nan"),
         ({"learning_rate": 1e30}, "learning_rate must be <= 1; got 1e.30"),
         ({"learning_rate": float("inf")}, "learning_rate must be finite and > 0; got inf"),
-        ({"anchor": float("nan")}, "anchor must be a number; got nan"),
+        ({"anchor": float("nan")}, "anchor must be finite and >= 0; got nan"),
+        ({"anchor": float("inf")}, "anchor must be finite and >= 0; got inf"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm must be a number; got nan"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False; got True"),
+        (
+            {"label_smoothing_factor": 0.1},
+            "label_smoothing_factor must be 0.0; got 0.1.*soft_label",
+        ),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False; got True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None; got 5.0"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be False; got True.*per_pass"),
+        ({"average_tokens_across_devices": False}, "average_tokens_.* must be True; got False"),
+        ({"batch_eval_metrics": True}, "batch_eval_metrics must be False; got True"),
+        ({"include_for_metrics": ["loss"]}, r"include_for_metrics must be \[\]; got \['loss'\]"),
+        ({"label_names": ["labels"]}, r"label_names must be None; got \['labels'\]"),
+        ({"bf16_full_eval": True}, "bf16_full_eval must be False; got True.*model_dtype"),
+        ({"fp16_full_eval": True}, "fp16_full_eval must be False; got True.*model_dtype"),
+        ({"length_column_name": "n"}, "length_column_name must be 'length'; got 'n'"),
+        (
+            {"train_sampling_strategy": "batch_rebalance"},
+            "train_sampling_strategy must be one of .*; got 'batch_rebalance'",
+        ),
+        ({"debug": "underflow_overflow"}, "debug must be empty; got .*UNDERFLOW_OVERFLOW"),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "dispatch_batches of accelerator_config must be False; got True",
+        ),
         ({"max_response_length": 0}, "max_response_length must be an integer >= 1; got 0"),
-        ({"anchor": -0.1}, "anchor must be >= 0; got -0.1"),
+        ({"anchor": -0.1}, "anchor must be finite and >= 0; got -0.1"),
         ({"anchor": 0.5, "loss": "softmax"}, "anchor must be 0 unless .*; got loss='softmax'"),
         ({"anchor": 1.0, "transformation": "raw"}, "anchor must be 0 where .*; got .*'raw'"),
         (
@@ -61,6 +85,11 @@ def test_defaults(tmp_path):
 def test_conflicts_are_named(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         CTRLDPOConfig(str(tmp_path), **settings)
+
+
+def test_an_anchor_that_is_text_is_named(tmp_path):
+    with pytest.raises(TypeError, match="anchor must be a number >= 0; got '1'"):
+        CTRLDPOConfig(str(tmp_path), anchor="1")
 
 
 def test_transformations_are_named_as_datasets_name_them(tmp_path):

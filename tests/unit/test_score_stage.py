@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from ctrl_dpo.data.folders import read_rows
@@ -232,6 +233,39 @@ def test_a_wrong_number_of_scores_is_refused():
 def test_scores_that_are_no_numbers_are_refused(bad):
     with pytest.raises(TypeError, match=f"must return numbers; got {bad!r}"):
         score(groups(), lambda p, r: [bad] * len(r), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (1.0, "got 1.0"),
+        (None, "got None"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, "got {0: 1.0, 1: 2.0, 2: 3.0}"),
+        ({1.0, 2.0, 3.0}, "got {1.0, 2.0, 3.0}"),
+        ("123", "got '123'"),
+        (np.float64(2.0), r"got float64 of shape \(\)"),
+        (np.zeros((3, 2)), r"got ndarray of shape \(3, 2\)"),
+        (torch.zeros(3, 1), r"got Tensor of shape \(3, 1\)"),
+    ],
+)
+def test_rewards_that_return_no_list_are_refused_by_name(returned, got):
+    def of_mine(prompts, responses):
+        return returned
+
+    name = "test_score_stage:.*of_mine must return one number a response, in a list .*; "
+    with pytest.raises(TypeError, match=f"reward {name}{got}"):
+        score(groups(), of_mine, progress=False)
+
+
+def test_a_list_of_lists_is_refused_by_name_and_one_of_tensors_is_not():
+    with pytest.raises(TypeError, match=r"must return numbers; got tensor\(\[0., 0.\]\)"):
+        score(groups(), lambda p, r: [*torch.zeros(3, 2)], progress=False)
+    assert quiet(groups(), lambda p, r: [torch.tensor(float(len(x))) for x in r])[1] == [2.0]
+
+
+def test_what_is_no_reward_is_refused():
+    with pytest.raises(TypeError, match="reward must be a checkpoint's name, .*; got 5"):
+        score(groups(), 5, progress=False)
 
 
 @pytest.mark.parametrize(
