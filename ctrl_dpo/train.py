@@ -11,7 +11,12 @@ import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.batches import row_lengths
-from ctrl_dpo.engine.checks import check_context, check_one_device, check_step_zero
+from ctrl_dpo.engine.checks import (
+    check_context,
+    check_new_adapter,
+    check_one_device,
+    check_step_zero,
+)
 from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
 from ctrl_dpo.engine.logprobs import response_logps
@@ -94,6 +99,7 @@ class CTRLDPOTrainer(ResumableTrainer):
         callbacks: list[Any] | None = None,
     ) -> None:
         check_one_device(model, args.n_gpu)
+        check_new_adapter(peft_config)
         data = labelled(train_dataset, args)
         self.beta = resolve_beta(data, args)
         self.procedure = resolve_procedure(data, args)

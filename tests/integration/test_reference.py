@@ -20,6 +20,7 @@ from ctrl_dpo.cli import app
 from ctrl_dpo.data.folders import read_record, read_rows
 from ctrl_dpo.data.tokens import prompt_tokens
 from ctrl_dpo.engine.generation import Sampler
+from ctrl_dpo.engine.identity import tensors_hash
 from ctrl_dpo.engine.models import load_policy, recorded_reference
 from ctrl_dpo.engine.policies import (
     ADAPTER_OFF,
@@ -208,6 +209,34 @@ def test_the_log_names_the_reference_policy(tiny_model_folder, tmp_path, caplog)
         make("trained adapter", "float32", tiny_model_folder, tmp_path)
     assert f"reference policy: {FROZEN_ADAPTER}" in caplog.text
     assert "reference log-probabilities: 3 computed, 0 found, 0 of the dataset" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_4", "corda", "olora", "OLoRA", "loftq", "lora_ga"]
+)
+def test_an_adapter_whose_start_rewrites_the_base_model_is_refused(
+    start, tiny_model_folder, tmp_path
+):
+    adapter = lora(target_modules=["q_proj"])
+    adapter.init_lora_weights = start
+    message = f"init_lora_weights must leave the base model as it is.* got '{start}', which rewr"
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, tiny_model_folder, peft_config=adapter)
+    assert not (tmp_path / "reference").exists()
+    with pytest.raises(ValueError, match=r"layer_replication must be left out.*got \[\[0, 2\], "):
+        build(tmp_path, tiny_llama(), peft_config=lora(layer_replication=[[0, 2], [0, 2]]))
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva", "mica"])
+@pytest.mark.filterwarnings("ignore:.*EVA:UserWarning")
+def test_other_starts_leave_the_base_model(start, tmp_path):
+    before = f"tensors:{tensors_hash(tiny_llama())}"
+    adapter = lora(init_lora_weights=start, lora_dropout=0.0)
+    made = build(tmp_path, tiny_llama(), peft_config=adapter)
+    assert made.reference.identity == before
+    if start != "orthogonal":  # its product is 0 up to rounding: the check of step 0 has its say
+        made.train()
+    assert f"tensors:{tensors_hash(made.model, adapter=False)}" == before
 
 
 def test_dropout_of_the_base_model_is_off_and_of_the_adapter_on(tmp_path):
