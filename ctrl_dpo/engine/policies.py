@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ctrl_dpo.data.folders import write_atomically
-from ctrl_dpo.engine.identity import identity_kind, model_identity
+from ctrl_dpo.engine.identity import base_identity, identity_kind, model_identity
 from ctrl_dpo.engine.models import REFERENCE_RECORD, adapter_off, recorded_reference
 
 ADAPTER_OFF = "the model with its adapter off"
@@ -166,6 +166,9 @@ def choose_reference(
         The second model if there is one; for a policy that came with an adapter a frozen copy of
         that, unless it does nothing; otherwise the model with its adapter off.
     """
+    if ref_model is None and hasattr(model, "disable_adapter") and adapter_is_zero(model):
+        base = base_identity(model, by_name=name is not None)
+        return ReferencePolicy(ADAPTER_OFF, base, base, model)
     identity = model_identity(model, name)
     if ref_model is not None:
         known = model_identity(ref_model, ref_name)
@@ -173,9 +176,6 @@ def choose_reference(
     if not hasattr(model, "disable_adapter"):
         kind = FROM_DATASET if from_dataset and not new_adapter else ADAPTER_OFF
         return ReferencePolicy(kind, identity, identity, model if new_adapter else None)
-    if adapter_is_zero(model):
-        base = model_identity(model, model.get_base_model().name_or_path, adapter=False)
-        return ReferencePolicy(ADAPTER_OFF, base, base, model)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     return ReferencePolicy(FROZEN_ADAPTER, identity, identity, model, weights)
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
 from ctrl_dpo.cli import app
 from ctrl_dpo.data.folders import read_record, read_rows
+from ctrl_dpo.data.hashes import model_hash
 from ctrl_dpo.data.tokens import prompt_tokens
 from ctrl_dpo.engine.generation import Sampler
 from ctrl_dpo.engine.identity import tensors_hash
@@ -237,6 +238,42 @@ def test_other_starts_leave_the_base_model(start, tmp_path):
     if start != "orthogonal":  # its product is 0 up to rounding: the check of step 0 has its say
         made.train()
     assert f"tensors:{tensors_hash(made.model, adapter=False)}" == before
+
+
+@pytest.fixture
+def merged(tiny_model_folder, tmp_path):
+    """Merge an adapter in memory; the model keeps the name of the folder it was loaded from."""
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+
+    trained(load()).save_pretrained(tmp_path / "sft")
+    model = PeftModel.from_pretrained(load(), tmp_path / "sft").merge_and_unload()
+    assert model.name_or_path == str(tiny_model_folder)
+    return model
+
+
+def test_a_model_changed_in_memory_is_not_the_one_it_is_named_after(
+    merged, tiny_model_folder, tmp_path
+):
+    tensors = f"tensors:{tensors_hash(merged)}"
+    assert tensors != f"tensors:{tensors_hash(tiny_llama())}"
+    made = build(tmp_path, get_peft_model(merged, lora()))
+    assert (made.reference.kind, made.reference.identity) == (ADAPTER_OFF, tensors)
+    assert made.reference.start == tensors
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    # the untouched model has a cache of its own, under its files where its name was given
+    build(tmp_path, get_peft_model(plain, lora())).train()
+    named = build(tmp_path, str(tiny_model_folder), peft_config=lora())
+    assert named.reference.identity == f"files:{model_hash(tiny_model_folder)}"
+    named.train()
+
+
+def test_both_ways_to_attach_an_adapter_share_the_cache(tmp_path, caplog):
+    build(tmp_path, tiny_llama(), peft_config=lora())
+    with caplog.at_level(logging.INFO, "ctrl_dpo"):
+        build(tmp_path, get_peft_model(tiny_llama(), lora()))
+    assert "reference log-probabilities: 0 computed, 3 found, 0 of the dataset" in caplog.text
 
 
 def test_dropout_of_the_base_model_is_off_and_of_the_adapter_on(tmp_path):
