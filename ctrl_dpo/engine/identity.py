@@ -74,7 +74,7 @@ def identity_kind(identity: str) -> str:
     return identity.partition(":")[0]
 
 
-def tensors_hash(model: Any, *, adapter: bool = True) -> str:
+def tensors_hash(model: Any, *, adapter: bool = True, dtype: torch.dtype | None = None) -> str:
     """Return the sha256 over names, types and bytes of a model's parameters and buffers.
 
     Parameters
@@ -83,6 +83,8 @@ def tensors_hash(model: Any, *, adapter: bool = True) -> str:
         The model.
     adapter : bool
         Whether an adapter on it counts; without it the hash is that of the bare base model.
+    dtype : torch.dtype, optional
+        Type that floating-point tensors are converted to before; by default they stay as they are.
 
     Returns
     -------
@@ -97,7 +99,10 @@ def tensors_hash(model: Any, *, adapter: bool = True) -> str:
         state = {_WRAPPERS.sub("", k): v for k, v in kept.items()}
     digest = hashlib.sha256()
     for key, tensor in sorted(state.items()):
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        tensor = tensor.detach().to("cpu")
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        flat = tensor.contiguous().reshape(-1)
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -440,6 +440,87 @@ def test_a_policy_that_is_its_reference_has_a_kl_of_exactly_0(
         assert rows["policy_logps"][:] == rows["reference_logps"][:]
 
 
+def saved(made, folder, base):
+    """Save a trainer's adapter as one on the base model of a folder."""
+    made.train()
+    made.save_model(str(folder))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapter_is_drawn_from_on_the_model_it_was_trained_on(
+    merged, tiny_model_folder, tmp_path
+):
+    merged.save_pretrained(tmp_path / "base")
+    made = build(tmp_path, merged, peft_config=lora(modules_to_save=["norm"]))
+    # what PEFT writes: the folder that the merged model was loaded from
+    wrong = saved(made, tmp_path / "wrong", tiny_model_folder)
+    right = saved(made, tmp_path / "right", tmp_path / "base")
+    identity = f"tensors:{tensors_hash(load_policy(tmp_path / 'base', dtype='float32'))}"
+    assert made.reference.identity == identity
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True, "dtype": "float32"}
+    found = f"tensors:{tensors_hash(tiny_llama())}, '{tiny_model_folder}'. Save that model"
+    with pytest.raises(
+        ValueError, match=f"on the model it was trained on, {identity}; got {found}"
+    ):
+        sample(PROMPTS, wrong, SAMPLER, **options)
+    row = sample(PROMPTS, right, SAMPLER, **options)[0]
+    policy = load_policy(right, dtype="float32")
+    assert row["policy_logps"] == pytest.approx(plain(policy, row), abs=1e-4)
+    with policy.disable_adapter():
+        assert row["reference_logps"] == pytest.approx(plain(policy, row), abs=1e-4)
+    del options["dtype"]
+    for _ in range(2):  # the second time it has been made ready for drawing
+        sample(PROMPTS, policy, SAMPLER, **options)
+
+
+@pytest.mark.parametrize(
+    ("stored", "trained_in", "drawn_in", "fine"),
+    [
+        ("bfloat16", "float32", "bfloat16", True),  # the float32 weights are bfloat16 numbers
+        ("float32", "bfloat16", "float32", True),
+        ("float32", "float32", "bfloat16", False),
+    ],
+)
+def test_a_base_model_known_by_its_tensors_in_another_type(
+    stored, trained_in, drawn_in, fine, tmp_path
+):
+    tiny_llama(dtype=getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=trained_in)
+    folder = saved(build(tmp_path, model, peft_config=lora()), tmp_path / "a", tmp_path / "base")
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True, "dtype": drawn_in}
+    if fine:
+        assert len(sample(PROMPTS, folder, SAMPLER, **options)) == 2
+        return
+    message = r"got tensors:.* is that one, torch.bfloat16 rounds it: load it as in tr.* \(--dtype"
+    with pytest.raises(ValueError, match=message):
+        sample(PROMPTS, folder, SAMPLER, **options)
+
+
+def test_a_trained_int8_model_made_ready_for_drawing_is_on_its_base(tiny_model_folder, tmp_path):
+    made = build(tmp_path, in_8bit(tiny_model_folder), peft_config=lora())
+    for log_ratios in (False, True):  # its tensors are others after the first
+        rows = sample(
+            PROMPTS, made.model, SAMPLER, tokenizer=tiny_tokenizer(), log_ratios=log_ratios
+        )
+    assert rows["policy_logps"][:] == rows["reference_logps"][:]
+
+
+def test_a_base_model_known_by_its_files_that_has_changed(tmp_path):
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    folder = saved(build(tmp_path, str(base), peft_config=lora()), tmp_path / "adapter", base)
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True, "dtype": "bfloat16"}
+    assert len(sample(PROMPTS, folder, SAMPLER, **options)) == 2
+    known = model_hash(base)
+    tiny_llama(seed=1).save_pretrained(base)
+    found = model_hash(base)
+    with pytest.raises(ValueError, match=f"trained on, files:{known}; got files:{found}, '{base}'"):
+        sample(PROMPTS, folder, SAMPLER, **options)
+
+
 def test_adapters_without_a_record_are_compared_with_the_adapter_off(tiny_model_folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     trained(base).save_pretrained(tmp_path / "adapter")
