@@ -17,6 +17,7 @@ from ctrl_dpo.engine.checks import (
     check_one_device,
     check_step_zero,
 )
+from ctrl_dpo.engine.evaluation_labels import check_labels, labels_of_training
 from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
 from ctrl_dpo.engine.logprobs import response_logps
@@ -107,6 +108,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
         parts = {k: labelled(part, args) for k, part in _by_name(eval_dataset).items()}
+        self._labels = labels_of_training(data, args, self.beta)
+        for part in parts.values():
+            check_labels(part, self._labels)
         evaluated = {k: self._tokenised(part, tokenizer, args) for k, part in parts.items()}
         from_dataset = all(row["reference_logps"] is not None for row in rows)
         model, self.reference = set_up_policies(
@@ -115,6 +119,8 @@ class CTRLDPOTrainer(ResumableTrainer):
         identity = self.reference.identity
         logger.info("reference policy: %s (%s)", self.reference.kind, identity)
         check_provenance(data, identity, tokenizer)
+        for part in parts.values():
+            check_provenance(part, identity, tokenizer, "eval_dataset")
         check_context(model, rows, "train_dataset")
         self.reference_computed = self._settle_computation(model, rows, tokenizer, args)
         for each in (data, *parts.values()):
@@ -204,8 +210,11 @@ class CTRLDPOTrainer(ResumableTrainer):
                     "reference pass would have to come before that."
                 )
             eval_dataset = labelled(eval_dataset, self.args)
+            check_labels(eval_dataset, self._labels)
+            identity, tokenizer = self.reference.identity, self.processing_class
+            check_provenance(eval_dataset, identity, tokenizer, "eval_dataset")
             check_computation(eval_dataset, self.reference_computed)
-            eval_dataset = self._tokenised(eval_dataset, self.processing_class, self.args)
+            eval_dataset = self._tokenised(eval_dataset, tokenizer, self.args)
             check_context(self.model, eval_dataset, "eval_dataset")
             self._add_reference_logps(eval_dataset, self.args)
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
