@@ -11,7 +11,13 @@ import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
 from ctrl_dpo.engine.batches import row_lengths
-from ctrl_dpo.engine.checks import check_context, check_one_device, check_step_zero
+from ctrl_dpo.engine.checks import (
+    check_context,
+    check_new_adapter,
+    check_one_device,
+    check_step_zero,
+)
+from ctrl_dpo.engine.evaluation_labels import check_labels, labels_of_training
 from ctrl_dpo.engine.footprint import FootprintCallback
 from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
 from ctrl_dpo.engine.logprobs import response_logps
@@ -97,6 +103,7 @@ class CTRLDPOTrainer(ResumableTrainer):
     ) -> None:
         check_arguments(model, args, ref_model, peft_config)
         check_one_device(model, args.n_gpu)
+        check_new_adapter(peft_config)
         data = labelled(train_dataset, args)
         self.beta = resolve_beta(data, args)
         self.procedure = resolve_procedure(data, args)
@@ -106,6 +113,9 @@ class CTRLDPOTrainer(ResumableTrainer):
         warn_of_merged_pairs(rows, self.data_counts)
         given = _by_name(eval_dataset)
         parts = {k: labelled(part, args, _argument(k)) for k, part in given.items()}
+        self._labels = labels_of_training(data, args, self.beta)
+        for part in parts.values():
+            check_labels(part, self._labels)
         evaluated = {
             k: self._tokenised(part, tokenizer, args, _argument(k)) for k, part in parts.items()
         }
@@ -116,6 +126,8 @@ class CTRLDPOTrainer(ResumableTrainer):
         identity = self.reference.identity
         logger.info("reference policy: %s (%s)", self.reference.kind, identity)
         check_provenance(data, identity, tokenizer)
+        for part in parts.values():
+            check_provenance(part, identity, tokenizer, "eval_dataset")
         check_context(model, rows, "train_dataset")
         self.reference_computed = self._settle_computation(model, rows, tokenizer, args)
         for each in (data, *parts.values()):
@@ -216,8 +228,11 @@ class CTRLDPOTrainer(ResumableTrainer):
                 "reference pass would have to come before that."
             )
         dataset = labelled(dataset, self.args, name)
+        tokenizer = self.processing_class
+        check_labels(dataset, self._labels)
+        check_provenance(dataset, self.reference.identity, tokenizer, name)
         check_computation(dataset, self.reference_computed)
-        rows = self._tokenised(dataset, self.processing_class, self.args, name)
+        rows = self._tokenised(dataset, tokenizer, self.args, name)
         check_context(self.model, rows, name)
         self._add_reference_logps(rows, self.args)
         return rows

@@ -18,6 +18,8 @@ from ctrl_dpo.engine.policies import ADAPTER_OFF, FROZEN_ADAPTER, ReferencePolic
 # layout by 1.1. A processor computes row by row: there they must not differ at all.
 STEP_ZERO_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# starts of init_lora_weights with which PEFT takes the adapter's product out of the base weights
+_REWRITING = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def check_attention(implementation: str | None, device: torch.device) -> None:
@@ -39,6 +41,34 @@ def check_attention(implementation: str | None, device: torch.device) -> None:
         raise ValueError(
             "attn_implementation must not be 'flex_attention' where PyTorch has no backward pass "
             f"for it; got device {device.type!r}. Use 'sdpa'."
+        )
+
+
+def check_new_adapter(peft_config: Any) -> None:
+    """Raise where attaching an adapter changes the model below it, the reference policy.
+
+    Parameters
+    ----------
+    peft_config : peft.PeftConfig or None
+        Adapter to be attached.
+
+    Raises
+    ------
+    ValueError
+        If ``init_lora_weights`` rewrites the base weights, or ``layer_replication`` adds layers.
+    """
+    start = getattr(peft_config, "init_lora_weights", True)
+    if str(start).lower().startswith(_REWRITING):
+        raise ValueError(
+            "init_lora_weights must leave the base model as it is, the reference policy; got "
+            f"{start!r}, which rewrites its weights. Use True, 'gaussian' or 'eva'."
+        )
+    replicated = getattr(peft_config, "layer_replication", None)
+    if replicated:
+        raise ValueError(
+            "layer_replication must be left out, since the model below an adapter is the reference "
+            f"policy; got {replicated!r}, which adds layers to it. Save the larger model and train "
+            "that."
         )
 
 

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 
 from ctrl_dpo.data.folders import write_atomically
-from ctrl_dpo.engine.identity import identity_kind, model_identity
-from ctrl_dpo.engine.models import REFERENCE_RECORD, adapter_off, recorded_reference
+from ctrl_dpo.engine.identity import base_identity, identity_kind, model_identity, tensors_hash
+from ctrl_dpo.engine.models import (
+    ADAPTER_CONFIG,
+    DTYPES,
+    REFERENCE_RECORD,
+    adapter_off,
+    recorded_reference,
+)
 
 ADAPTER_OFF = "the model with its adapter off"
 FROZEN_ADAPTER = "a frozen copy of the adapter that came with the model"
@@ -114,7 +120,8 @@ def check_recorded(model: Any, given: str | None) -> None:
     Raises
     ------
     ValueError
-        If none was given and the adapter off is not the reference policy, or another was given.
+        If none was given and the adapter off is not the reference policy, or another was given; if
+        the adapter is on another model than it was trained on.
     """
     record = recorded_reference(model)
     known = record.get("identity", "")
@@ -134,6 +141,34 @@ def check_recorded(model: Any, given: str | None) -> None:
             f"for {ADAPTER_OFF}. Give the model or adapter that it was trained against "
             "(--reference MODEL)."
         )
+    _check_base(model, known)
+
+
+def _check_base(model: Any, known: str) -> None:
+    """Raise unless the model below an adapter is the recorded reference policy."""
+    # once known it stays so: made ready for drawing, it has other tensors of the same function
+    if not known or vars(model).get("known_base") == known:
+        return
+    kind = identity_kind(known)
+    identities = _base_identities(model, by_name=kind != "tensors")
+    found = next(identities)
+    if identity_kind(found) == kind and found != known and known not in identities:
+        as_trained = f" If it is that one, {model.dtype} rounds it: load it as in training"
+        raise ValueError(
+            f"an adapter must be on the model it was trained on, {known}; got {found}, "
+            f"{str(model.get_base_model().name_or_path)!r}. Save that model, such as one merged in "
+            f"memory, and write its folder as base_model_name_or_path in {ADAPTER_CONFIG}."
+            + (f"{as_trained} (--dtype, --load-in-8bit)." if kind == "tensors" else "")
+        )
+    model.known_base = known
+
+
+def _base_identities(model: Any, *, by_name: bool) -> Iterator[str]:
+    """Yield the identities of the model below an adapter: as it is, then as in another type."""
+    yield base_identity(model, by_name=by_name)
+    if not by_name:  # a policy may be drawn in another type than it was trained in
+        for dtype in DTYPES.values():
+            yield f"tensors:{tensors_hash(model, adapter=False, dtype=dtype)}"
 
 
 def choose_reference(
@@ -166,6 +201,9 @@ def choose_reference(
         The second model if there is one; for a policy that came with an adapter a frozen copy of
         that, unless it does nothing; otherwise the model with its adapter off.
     """
+    if ref_model is None and hasattr(model, "disable_adapter") and adapter_is_zero(model):
+        base = base_identity(model, by_name=name is not None)
+        return ReferencePolicy(ADAPTER_OFF, base, base, model)
     identity = model_identity(model, name)
     if ref_model is not None:
         known = model_identity(ref_model, ref_name)
@@ -173,9 +211,6 @@ def choose_reference(
     if not hasattr(model, "disable_adapter"):
         kind = FROM_DATASET if from_dataset and not new_adapter else ADAPTER_OFF
         return ReferencePolicy(kind, identity, identity, model if new_adapter else None)
-    if adapter_is_zero(model):
-        base = model_identity(model, model.get_base_model().name_or_path, adapter=False)
-        return ReferencePolicy(ADAPTER_OFF, base, base, model)
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     return ReferencePolicy(FROZEN_ADAPTER, identity, identity, model, weights)
 

@@ -35,17 +35,21 @@ def provenance(identity: str, tokenizer: Any, settings: dict[str, Any]) -> str:
     return json.dumps({"model": identity, "template": _template(tokenizer), **kept}, sort_keys=True)
 
 
-def check_provenance(dataset: Dataset, identity: str, tokenizer: Any) -> None:
+def check_provenance(
+    dataset: Dataset, identity: str, tokenizer: Any, what: str = "train_dataset"
+) -> None:
     """Raise where the draws are not those of the reference policy, as far as the data tells.
 
     Parameters
     ----------
     dataset : Dataset
-        Training data; without the column ``sampled_from`` nothing is known.
+        Data to train or evaluate on; without the column ``sampled_from`` nothing is known.
     identity : str
         Of the reference policy.
     tokenizer : transformers.PreTrainedTokenizerBase
         Of the reference policy.
+    what : {"train_dataset", "eval_dataset"}
+        Its name in the error.
 
     Raises
     ------
@@ -63,10 +67,10 @@ def check_provenance(dataset: Dataset, identity: str, tokenizer: Any) -> None:
                 continue  # one was hashed as files, the other as tensors: not comparable
             if found[name] != value:
                 raise ValueError(
-                    f"responses must be draws of the reference policy; got {name} {found[name]!r} "
-                    f"instead of {value!r}. Calibrated rewards hold for the distribution they were "
-                    "drawn from: sample again, use calibration='weighted', or remove the column "
-                    f"{columns.SAMPLED_FROM!r} if you know better."
+                    f"responses of {what} must be draws of the reference policy; got {name} "
+                    f"{found[name]!r} instead of {value!r}. Calibrated rewards hold for the "
+                    "distribution they were drawn from: sample again, use calibration='weighted', "
+                    f"or remove the column {columns.SAMPLED_FROM!r} if you know better."
                 )
 
 

@@ -125,6 +125,7 @@ def set_up_policies(
             reference = replace(reference, model=model)
     check_model(model, reference)
     model.reference_record = reference.record  # for draws from it; its folder gets the same
+    model.known_base = reference.identity
     speed_up_adapters(model)
     if ref_model is not None:
         speed_up_adapters(ref_model)  # the same products: both are one function at the start

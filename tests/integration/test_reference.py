@@ -18,8 +18,10 @@ from typer.testing import CliRunner
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel
 from ctrl_dpo.cli import app
 from ctrl_dpo.data.folders import read_record, read_rows
+from ctrl_dpo.data.hashes import model_hash
 from ctrl_dpo.data.tokens import prompt_tokens
 from ctrl_dpo.engine.generation import Sampler
+from ctrl_dpo.engine.identity import tensors_hash
 from ctrl_dpo.engine.models import load_policy, recorded_reference
 from ctrl_dpo.engine.policies import (
     ADAPTER_OFF,
@@ -210,6 +212,70 @@ def test_the_log_names_the_reference_policy(tiny_model_folder, tmp_path, caplog)
     assert "reference log-probabilities: 3 computed, 0 found, 0 of the dataset" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_4", "corda", "olora", "OLoRA", "loftq", "lora_ga"]
+)
+def test_an_adapter_whose_start_rewrites_the_base_model_is_refused(
+    start, tiny_model_folder, tmp_path
+):
+    adapter = lora(target_modules=["q_proj"])
+    adapter.init_lora_weights = start
+    message = f"init_lora_weights must leave the base model as it is.* got '{start}', which rewr"
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, tiny_model_folder, peft_config=adapter)
+    assert not (tmp_path / "reference").exists()
+    with pytest.raises(ValueError, match=r"layer_replication must be left out.*got \[\[0, 2\], "):
+        build(tmp_path, tiny_llama(), peft_config=lora(layer_replication=[[0, 2], [0, 2]]))
+
+
+@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "eva", "mica"])
+@pytest.mark.filterwarnings("ignore:.*EVA:UserWarning")
+def test_other_starts_leave_the_base_model(start, tmp_path):
+    before = f"tensors:{tensors_hash(tiny_llama())}"
+    adapter = lora(init_lora_weights=start, lora_dropout=0.0)
+    made = build(tmp_path, tiny_llama(), peft_config=adapter)
+    assert made.reference.identity == before
+    if start != "orthogonal":  # its product is 0 up to rounding: the check of step 0 has its say
+        made.train()
+    assert f"tensors:{tensors_hash(made.model, adapter=False)}" == before
+
+
+@pytest.fixture
+def merged(tiny_model_folder, tmp_path):
+    """Merge an adapter in memory; the model keeps the name of the folder it was loaded from."""
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+
+    trained(load()).save_pretrained(tmp_path / "sft")
+    model = PeftModel.from_pretrained(load(), tmp_path / "sft").merge_and_unload()
+    assert model.name_or_path == str(tiny_model_folder)
+    return model
+
+
+def test_a_model_changed_in_memory_is_not_the_one_it_is_named_after(
+    merged, tiny_model_folder, tmp_path
+):
+    tensors = f"tensors:{tensors_hash(merged)}"
+    assert tensors != f"tensors:{tensors_hash(tiny_llama())}"
+    made = build(tmp_path, get_peft_model(merged, lora()))
+    assert (made.reference.kind, made.reference.identity) == (ADAPTER_OFF, tensors)
+    assert made.reference.start == tensors
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    # the untouched model has a cache of its own, under its files where its name was given
+    build(tmp_path, get_peft_model(plain, lora())).train()
+    named = build(tmp_path, str(tiny_model_folder), peft_config=lora())
+    assert named.reference.identity == f"files:{model_hash(tiny_model_folder)}"
+    named.train()
+
+
+def test_both_ways_to_attach_an_adapter_share_the_cache(tmp_path, caplog):
+    build(tmp_path, tiny_llama(), peft_config=lora())
+    with caplog.at_level(logging.INFO, "ctrl_dpo"):
+        build(tmp_path, get_peft_model(tiny_llama(), lora()))
+    assert "reference log-probabilities: 0 computed, 3 found, 0 of the dataset" in caplog.text
+
+
 def test_dropout_of_the_base_model_is_off_and_of_the_adapter_on(tmp_path):
     settings = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 259, "n_positions": 128}
     settings |= {"bos_token_id": 2, "eos_token_id": 2, "resid_pdrop": 0.5, "attn_pdrop": 0.5}
@@ -372,6 +438,87 @@ def test_a_policy_that_is_its_reference_has_a_kl_of_exactly_0(
     for _ in range(2):  # the second time it has been made ready for drawing
         rows = sample(PROMPTS, policy, SAMPLER, **options)
         assert rows["policy_logps"][:] == rows["reference_logps"][:]
+
+
+def saved(made, folder, base):
+    """Save a trainer's adapter as one on the base model of a folder."""
+    made.train()
+    made.save_model(str(folder))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapter_is_drawn_from_on_the_model_it_was_trained_on(
+    merged, tiny_model_folder, tmp_path
+):
+    merged.save_pretrained(tmp_path / "base")
+    made = build(tmp_path, merged, peft_config=lora(modules_to_save=["norm"]))
+    # what PEFT writes: the folder that the merged model was loaded from
+    wrong = saved(made, tmp_path / "wrong", tiny_model_folder)
+    right = saved(made, tmp_path / "right", tmp_path / "base")
+    identity = f"tensors:{tensors_hash(load_policy(tmp_path / 'base', dtype='float32'))}"
+    assert made.reference.identity == identity
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True, "dtype": "float32"}
+    found = f"tensors:{tensors_hash(tiny_llama())}, '{tiny_model_folder}'. Save that model"
+    with pytest.raises(
+        ValueError, match=f"on the model it was trained on, {identity}; got {found}"
+    ):
+        sample(PROMPTS, wrong, SAMPLER, **options)
+    row = sample(PROMPTS, right, SAMPLER, **options)[0]
+    policy = load_policy(right, dtype="float32")
+    assert row["policy_logps"] == pytest.approx(plain(policy, row), abs=1e-4)
+    with policy.disable_adapter():
+        assert row["reference_logps"] == pytest.approx(plain(policy, row), abs=1e-4)
+    del options["dtype"]
+    for _ in range(2):  # the second time it has been made ready for drawing
+        sample(PROMPTS, policy, SAMPLER, **options)
+
+
+@pytest.mark.parametrize(
+    ("stored", "trained_in", "drawn_in", "fine"),
+    [
+        ("bfloat16", "float32", "bfloat16", True),  # the float32 weights are bfloat16 numbers
+        ("float32", "bfloat16", "float32", True),
+        ("float32", "float32", "bfloat16", False),
+    ],
+)
+def test_a_base_model_known_by_its_tensors_in_another_type(
+    stored, trained_in, drawn_in, fine, tmp_path
+):
+    tiny_llama(dtype=getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=trained_in)
+    folder = saved(build(tmp_path, model, peft_config=lora()), tmp_path / "a", tmp_path / "base")
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True, "dtype": drawn_in}
+    if fine:
+        assert len(sample(PROMPTS, folder, SAMPLER, **options)) == 2
+        return
+    message = r"got tensors:.* is that one, torch.bfloat16 rounds it: load it as in tr.* \(--dtype"
+    with pytest.raises(ValueError, match=message):
+        sample(PROMPTS, folder, SAMPLER, **options)
+
+
+def test_a_trained_int8_model_made_ready_for_drawing_is_on_its_base(tiny_model_folder, tmp_path):
+    made = build(tmp_path, in_8bit(tiny_model_folder), peft_config=lora())
+    for log_ratios in (False, True):  # its tensors are others after the first
+        rows = sample(
+            PROMPTS, made.model, SAMPLER, tokenizer=tiny_tokenizer(), log_ratios=log_ratios
+        )
+    assert rows["policy_logps"][:] == rows["reference_logps"][:]
+
+
+def test_a_base_model_known_by_its_files_that_has_changed(tmp_path):
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    folder = saved(build(tmp_path, str(base), peft_config=lora()), tmp_path / "adapter", base)
+    options = {"tokenizer": tiny_tokenizer(), "log_ratios": True, "dtype": "bfloat16"}
+    assert len(sample(PROMPTS, folder, SAMPLER, **options)) == 2
+    known = model_hash(base)
+    tiny_llama(seed=1).save_pretrained(base)
+    found = model_hash(base)
+    with pytest.raises(ValueError, match=f"trained on, files:{known}; got files:{found}, '{base}'"):
+        sample(PROMPTS, folder, SAMPLER, **options)
 
 
 def test_adapters_without_a_record_are_compared_with_the_adapter_off(tiny_model_folder, tmp_path):

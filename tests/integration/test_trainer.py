@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.optim import AdamW8bit
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from plain import plain_logps
 from safetensors.torch import load_file
@@ -369,6 +369,67 @@ def test_draws_of_another_policy_train_by_their_weights(where, tmp_path):
     first, last = (row["loss"] for row in logged(tmp_path) if "loss" in row)
     assert last < first
     assert made.evaluate(given)["eval_loss"] == pytest.approx(made.evaluate()["eval_loss"])
+
+
+BEST = {"procedure": "best_of_2", "transformation": "optimal", "beta": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"procedure": "worst_of_2"}, "procedure .* 'best_of_2'; got 'worst_of_2' at row 0"),
+        ({"transformation": "identity"}, "transformation .* 'optimal'; got 'identity' at row 0"),
+        ({"beta": 0.3}, r"beta .* 0\.2; got 0\.3 at row 0"),
+        ({"anchor": 1.0}, r"anchor .* 0\.0; got 1\.0 at row 0"),
+    ],
+    ids=["procedure", "transformation", "beta", "anchor"],
+)
+def test_evaluation_labels_are_those_of_training(change, message, tmp_path):
+    train, other = labels(**BEST), labels(**BEST | change)
+    message = message.replace(" .*", " of eval_dataset must be that of the training labels,", 1)
+    for given in (other, {"a": train, "b": other}):
+        with pytest.raises(ValueError, match=rf"^{message}\. Relabel its scored groups with"):
+            trainer(tmp_path, train, eval_data=given)
+    made = trainer(tmp_path, train, eval_data=train)
+    with pytest.raises(ValueError, match=message):
+        made.evaluate(other)
+    mixed = concatenate_datasets([train, other])
+    with pytest.raises(ValueError, match=message.replace("row 0", "row 4")):
+        made.evaluate(mixed)
+
+
+def test_evaluation_labels_that_say_less_or_do_not_count(tmp_path):
+    train, told = labels(**BEST), ["procedure", "transformation", "beta", "anchor"]
+    made = trainer(tmp_path, train, eval_data={"same": train, "bare": train.remove_columns(told)})
+    found = made.evaluate()
+    assert found["eval_same_loss"] == found["eval_bare_loss"] > 0
+    assert made.evaluate(pairs(train))["eval_loss"] > 0
+    # beta is known without a column of it
+    with pytest.raises(ValueError, match=r"^beta of eval_dataset .* 0\.3; got 0\.2 at row 0"):
+        trainer(tmp_path, train.remove_columns(told), eval_data=train, beta=0.3)
+    other = labels(**BEST | {"procedure": "worst_of_2", "beta": 0.4})
+    trainer(tmp_path, train, eval_data=other, loss="dpo", beta=0.1)  # of which the order is used
+    trainer(tmp_path, train, eval_data=other, beta=0.1, accept_other_labels=True)
+
+
+def test_draws_to_evaluate_on_are_those_of_the_reference_policy(tmp_path):
+    prompts = Dataset.from_dict({"prompt": ["x", "y"]})
+
+    def drawn(seed: int) -> Dataset:
+        sampler = Sampler(3, max_new_tokens=4)
+        data = sample(prompts, tiny_llama(seed=seed), sampler, tokenizer=tiny_tokenizer())
+        return relabel(data.add_column("rewards", [[0.0, 1.0, 2.0]] * 2), **BEST)
+
+    train, other = labels(**BEST), drawn(seed=1)
+    message = "^responses of eval_dataset must be draws of the reference policy; got model 'tensors"
+    made = trainer(tmp_path, train, eval_data=drawn(seed=0))
+    with pytest.raises(ValueError, match=message):
+        made.evaluate(other)
+    for given in (other, {"a": train, "b": other}):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, train, eval_data=given)
+    with pytest.raises(ValueError, match="^responses of train_dataset must be draws of the refer"):
+        trainer(tmp_path, other)
 
 
 def test_metrics_of_a_step(tmp_path):

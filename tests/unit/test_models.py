@@ -195,6 +195,26 @@ def test_a_model_without_a_name_is_not_the_working_directory(tiny_model_folder, 
     check_tokenizer(tiny_tokenizer(size=100), adapted, "model")  # not those of the tokenizer here
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["norm", "up_proj"]},
+        {"trainable_token_indices": [1, 2]},
+        {"use_dora": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_the_tensors_of_a_base_model_are_found_below_any_adapter(settings):
+    bare = tensors_hash(tiny_llama())
+    adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], **settings))
+    for weight in adapted.parameters():
+        if weight.requires_grad:
+            weight.data.normal_()
+    assert tensors_hash(adapted, adapter=False) == bare
+    adapted.get_base_model().model.layers[0].self_attn.k_proj.weight.data[0, 0] += 1.0
+    assert tensors_hash(adapted, adapter=False) != bare
+
+
 def test_a_model_without_a_name_leads_to_no_tokenizer():
     with pytest.raises(ValueError, match=r"in training\) must be given .* named ''"):
         load_tokenizer(tiny_llama().name_or_path)
