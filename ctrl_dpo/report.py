@@ -19,7 +19,7 @@ from ctrl_dpo.measures.draws import gather_draws
 from ctrl_dpo.measures.figure_style import DPI
 from ctrl_dpo.measures.label_plots import label_figure
 from ctrl_dpo.measures.planning import frontier_rows
-from ctrl_dpo.measures.tables import cell, figures, table
+from ctrl_dpo.measures.tables import cell, figures, percent, table
 from ctrl_dpo.measures.win_rates import untrained_win_rate
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 METRICS = "metrics.jsonl"  # what the trainer leaves beside the adapter
+_SHORTEST = 0.1  # nats: curves to show where no KL is above 0
 
 _LABELS = (
     "What became of the rows; calibrated rewards of one half of every prompt's reference draws, "
@@ -36,7 +37,8 @@ _LABELS = (
 _CAPTIONS = {
     "frontier.png": "Win rate against KL. No policy lies above the black curve but for noise; the "
     "further below it a point lies, the more of its KL went into changes that the rewards ignore.",
-    "rewards.png": "Rewards of single draws on the held-out prompts, before and after training.",
+    "rewards.png": "Rewards of single draws on the held-out prompts, before and after training. "
+    "Shares are of draws; means are over prompts, each counted once.",
     "calibration.png": "Calibrated rewards of reference draws that took no part in the "
     "calibration. Where they are not uniform, the curves of the theory do not hold.",
     "training.png": "Training, one colour a policy; dashed lines are held-out values.",
@@ -87,18 +89,21 @@ def report(  # noqa: PLR0913 (each is a section of the page)
     Raises
     ------
     ValueError
-        If there is neither a record nor labels.
+        If there is neither a record nor labels, or records cannot be compared.
     """
     if not records and not labels:
         raise ValueError(
             f"records must hold at least one record; got {list(records)!r}. Name an evaluation, or "
             "labels."
         )
+    sections = evaluation_sections(records) if records else {}
     drawn: dict[str, Figure] = {}
     if any(record["kl"] is not None for record in records):
         drawn["frontier.png"] = _frontier_figure(records)
     if reference_rewards is not None and policy_rewards is not None:
-        drawn["rewards.png"] = plots.reward_figure(reference_rewards, policy_rewards)
+        drawn["rewards.png"] = plots.reward_figure(
+            reference_rewards, policy_rewards, _mean_rewards(records)
+        )
     if calibrated_rewards is not None:
         drawn["calibration.png"] = plots.calibration_figure(calibrated_rewards, k)
     if training_logs:
@@ -110,9 +115,8 @@ def report(  # noqa: PLR0913 (each is a section of the page)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=DPI)
     page = folder / "report.md"
-    write_atomically(
-        page, _page(records, list(drawn), settings or {}, labels or {}).encode("utf-8")
-    )
+    text = _page(sections, list(drawn), settings or {}, labels or {})
+    write_atomically(page, text.encode("utf-8"))
     return page
 
 
@@ -270,20 +274,26 @@ def _procedures(records: Sequence[Record]) -> list[str]:
 
 def _frontier_figure(records: Sequence[Record]) -> Figure:
     """Draw every policy under the theory's curves, which end a little beyond the largest KL."""
-    end = 1.15 * max(record["kl"]["high"] for record in records if record["kl"] is not None)
+    highest = max(record["kl"]["high"] for record in records if record["kl"] is not None)
+    end = max(1.15 * highest, _SHORTEST)
     kls = (end * np.linspace(0.02, 1, 40) ** 2).tolist()  # closer where the curves are steep
     rows = frontier_rows(_procedures(records), kls, records[0]["against"])
     return plots.frontier_figure(rows, records, "Win rate at the KL paid for it, under the optimum")
 
 
+def _mean_rewards(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """Return the mean rewards of the reference policy and of each policy, by its name."""
+    return {r["name"]: (r["reference_rewards"]["value"], r["rewards"]["value"]) for r in records}
+
+
 def _page(
-    records: Sequence[Record],
+    evaluation: Mapping[str, str],
     pictures: Sequence[str],
     settings: Mapping[str, Any],
     labels: Mapping[str, Record],
 ) -> str:
     """Compose the page."""
-    sections = evaluation_sections(records) if records else {}
+    sections = dict(evaluation)
     for name, summary in labels.items():
         sections[f"Labels of {name}"] = table(["", "value"], figures(summary))
     if pictures:
@@ -309,6 +319,7 @@ def evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
         Markdown by title.
     """
     first = records[0]
+    confidence = percent(first["confidence"])
     served = (
         f"what {plots.words(first['against'])} serves" if first["against"] else "what it serves"
     )
@@ -316,7 +327,7 @@ def evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
         "Evaluation": (
             f"{first['n_prompts']} held-out prompts, {first['n_reference_draws']} draws of the "
             f"reference policy and {first['n_draws']} of {first['name']}; {first['tied']:.1%} of "
-            f"their pairs have equal rewards. Brackets hold {first['confidence']:.0%} intervals by "
+            f"their pairs have equal rewards. Brackets hold {confidence} intervals by "
             "bootstrap over prompts."
         ),
         "Inference-time win rate against the reference policy": (
