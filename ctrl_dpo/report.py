@@ -10,23 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctrl_dpo.calibrate import calibrated_reward
-from ctrl_dpo.data.columns import REWARDS
-from ctrl_dpo.data.folders import read_record, read_rows, write_atomically
+from ctrl_dpo.data.folders import write_atomically
 from ctrl_dpo.evaluate import compare
 from ctrl_dpo.measures import plots
-from ctrl_dpo.measures.draws import gather_draws
 from ctrl_dpo.measures.figure_style import DPI
 from ctrl_dpo.measures.label_plots import label_figure
 from ctrl_dpo.measures.planning import frontier_rows
 from ctrl_dpo.measures.tables import cell, figures, percent, table
 from ctrl_dpo.measures.win_rates import untrained_win_rate
+from ctrl_dpo.report_inputs import check_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
-METRICS = "metrics.jsonl"  # what the trainer leaves beside the adapter
 _SHORTEST = 0.1  # nats: curves to show where no KL is above 0
 
 _LABELS = (
@@ -89,13 +86,15 @@ def report(  # noqa: PLR0913 (each is a section of the page)
     Raises
     ------
     ValueError
-        If there is neither a record nor labels, or records cannot be compared.
+        If there is neither a record nor labels, two records have one name, or they cannot be
+        compared.
     """
     if not records and not labels:
         raise ValueError(
             f"records must hold at least one record; got {list(records)!r}. Name an evaluation, or "
             "labels."
         )
+    check_names(records)
     sections = evaluation_sections(records) if records else {}
     drawn: dict[str, Figure] = {}
     if any(record["kl"] is not None for record in records):
@@ -118,79 +117,6 @@ def report(  # noqa: PLR0913 (each is a section of the page)
     text = _page(sections, list(drawn), settings or {}, labels or {})
     write_atomically(page, text.encode("utf-8"))
     return page
-
-
-def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dict[str, Any]:
-    """Read what a report shows besides its records: draws they name, and training logs.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        Records with ``sources``, as ``ctrl-dpo evaluate`` writes them.
-    training : mapping of str to str
-        Folder of ``ctrl-dpo train`` by the name its curves get.
-
-    Returns
-    -------
-    dict
-        Keyword arguments of :func:`report`. Reference draws are split in halves: the first half of
-        a prompt's draws calibrates the second, where a prompt has two or more.
-    """
-    if not records:
-        return {}
-    reference = _rewards(records[0], "reference")
-    half = min(map(len, reference)) // 2
-    logs = {
-        name: list(map(json.loads, (Path(folder) / METRICS).read_text("utf-8").splitlines()))
-        for name, folder in training.items()
-    }
-    found: dict[str, Any] = {
-        "training_logs": logs,
-        "reference_rewards": np.concatenate(reference),
-        "policy_rewards": {r["name"]: np.concatenate(_rewards(r, "policy")) for r in records},
-        "settings": {r["name"]: {"sources": r["sources"], "seed": r["seed"]} for r in records},
-    }
-    if half > 0:
-        draws = np.array([row[: 2 * half] for row in reference])
-        calibrated = calibrated_reward(draws[:, half:], draws[:, :half])
-        found |= {"calibrated_rewards": calibrated, "k": half}
-    return found
-
-
-def _rewards(record: Record, side: str) -> list[list[float]]:
-    """Read the rewards of one side of an evaluation, one list a prompt."""
-    draws = gather_draws(read_rows(record["sources"][side]), record.get("columns"))
-    return [columns[REWARDS] for columns in draws.values()]
-
-
-def label_summaries(folders: Sequence[Path]) -> dict[str, Record]:
-    """Read what stages of labels say about themselves.
-
-    Parameters
-    ----------
-    folders : sequence of Path
-        Finished folders of ``ctrl-dpo relabel``.
-
-    Returns
-    -------
-    dict of str to mapping
-        Summaries by folder, as :func:`report` takes them.
-
-    Raises
-    ------
-    ValueError
-        If one is something else.
-    """
-    found = {}
-    for folder in folders:
-        record = read_record(folder)
-        if "histograms" not in record.get("summary", {}):
-            raise ValueError(
-                f"labels must be finished folders of `ctrl-dpo relabel`; got {str(folder)!r} of "
-                f"stage {record.get('stage')!r}. Run that command first."
-            )
-        found[str(folder)] = record["summary"]
-    return found
 
 
 def win_rate_table(records: Sequence[Record]) -> str:

@@ -90,7 +90,7 @@ def frontier_figure(
         axis.axhline(50, color="0.75", linewidth=1)
         axis.set_title(f"used through {words(procedure)}")
         axis.set_xlabel("KL from the reference policy\n(nats per response)")
-        axis.set_xlim(left=lowest)
+        axis.set_xlim(left=1.15 * lowest)
     axes[0].set_ylabel("inference-time win rate\nagainst the reference policy (%)")
     legend_below(figure, axes)
     return figure

@@ -16,10 +16,10 @@ from ctrl_dpo.measures.plots import words
 from ctrl_dpo.report import (
     attainment_table,
     comparison_table,
-    label_summaries,
     report,
     win_rate_table,
 )
+from ctrl_dpo.report_inputs import label_summaries
 
 
 def estimate(value: float, spread: float = 0.05) -> dict[str, object]:
@@ -108,7 +108,7 @@ def test_a_policy_of_no_kl_is_drawn_under_curves_to_a_tenth_of_a_nat(tmp_path, m
     (rows, _), figure = drawn
     assert max(row["kl"] for row in rows) == pytest.approx(0.1)
     (axis,) = figure.axes
-    assert axis.get_xlim()[0] == pytest.approx(-0.05)
+    assert axis.get_xlim()[0] == pytest.approx(1.15 * -0.05)
     points = [bars.lines[0].get_xdata()[0] for bars in axis.containers]
     assert points == [0.0, -0.04]
 
@@ -181,6 +181,12 @@ def test_names_are_shown_as_they_are(tmp_path):
 def legend(figure) -> list[str]:
     (found,) = figure.legends
     return [text.get_text() for text in found.get_texts()]
+
+
+def test_two_records_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="different names; got 'ours' for numbers 0 and 2"):
+        report(tmp_path / "page", [record(), record("other"), record()])
+    assert not (tmp_path / "page").exists()
 
 
 def test_nothing_to_report_is_an_error(tmp_path):
