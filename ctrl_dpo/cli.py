@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ctrl_dpo.commands.evaluation import EVALUATION, evaluate
+from ctrl_dpo.commands.evaluation import evaluate
 from ctrl_dpo.commands.labels import relabel, score
-from ctrl_dpo.commands.options import Output, Seed, finished
+from ctrl_dpo.commands.options import Output, Seed, assigned, finished
 
 app = typer.Typer(
     add_completion=False,
@@ -131,13 +130,11 @@ def report(
     and one for every folder of labels.
     """
     from ctrl_dpo.cards import write_cards
-    from ctrl_dpo.report import label_summaries, report_inputs
     from ctrl_dpo.report import report as run
+    from ctrl_dpo.report_inputs import label_summaries, read_evaluation, report_inputs
 
-    records = [
-        json.loads((path / EVALUATION).read_text(encoding="utf-8")) for path in evaluations or []
-    ]
-    logs = dict(part.split("=", 1) for part in training or [])
+    records = [read_evaluation(path) for path in evaluations or []]
+    logs = assigned("--training", training) or {}
     summaries = label_summaries(labels or [])
     typer.echo(run(output, records, labels=summaries, **report_inputs(records, logs)))
     for card in write_cards(output, records, logs, labels or []):

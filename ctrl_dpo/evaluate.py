@@ -191,12 +191,12 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     -------
     dict
         Difference of each win rate that both records have, by procedure, as :class:`Estimate`
-        fields ready for JSON. The confidence and the seed are those of ``first``.
+        fields ready for JSON. The seed is that of ``first``.
 
     Raises
     ------
     ValueError
-        If the records are of different prompts.
+        If the records are of different prompts or confidences, or against another procedure.
 
     Examples
     --------
@@ -206,7 +206,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     >>> compare(*records)["best_of_2"]["value"]
     0.5
     """
-    for setting in ("prompts_hash", "against"):
+    for setting in ("prompts_hash", "against", "confidence"):
         if first[setting] != second[setting]:
             raise ValueError(
                 f"first and second must be records of the same {setting}; got {first[setting]!r} "

@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctrl_dpo.calibrate import calibrated_reward
-from ctrl_dpo.data.columns import REWARDS
-from ctrl_dpo.data.folders import read_record, read_rows, write_atomically
+from ctrl_dpo.data.folders import write_atomically
 from ctrl_dpo.evaluate import compare
 from ctrl_dpo.measures import plots
-from ctrl_dpo.measures.draws import gather_draws
 from ctrl_dpo.measures.figure_style import DPI
 from ctrl_dpo.measures.label_plots import label_figure
 from ctrl_dpo.measures.planning import frontier_rows
-from ctrl_dpo.measures.tables import cell, figures, table
+from ctrl_dpo.measures.tables import cell, figures, percent, table
 from ctrl_dpo.measures.win_rates import untrained_win_rate
+from ctrl_dpo.report_inputs import check_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
-METRICS = "metrics.jsonl"  # what the trainer leaves beside the adapter
+_SHORTEST = 0.1  # nats: curves to show where no KL is above 0
 
 _LABELS = (
     "What became of the rows; calibrated rewards of one half of every prompt's reference draws, "
@@ -36,7 +34,8 @@ _LABELS = (
 _CAPTIONS = {
     "frontier.png": "Win rate against KL. No policy lies above the black curve but for noise; the "
     "further below it a point lies, the more of its KL went into changes that the rewards ignore.",
-    "rewards.png": "Rewards of single draws on the held-out prompts, before and after training.",
+    "rewards.png": "Rewards of single draws on the held-out prompts, before and after training. "
+    "Shares are of draws; means are over prompts, each counted once.",
     "calibration.png": "Calibrated rewards of reference draws that took no part in the "
     "calibration. Where they are not uniform, the curves of the theory do not hold.",
     "training.png": "Training, one colour a policy; dashed lines are held-out values.",
@@ -87,18 +86,23 @@ def report(  # noqa: PLR0913 (each is a section of the page)
     Raises
     ------
     ValueError
-        If there is neither a record nor labels.
+        If there is neither a record nor labels, two records have one name, or they cannot be
+        compared.
     """
     if not records and not labels:
         raise ValueError(
             f"records must hold at least one record; got {list(records)!r}. Name an evaluation, or "
             "labels."
         )
+    check_names(records)
+    sections = evaluation_sections(records) if records else {}
     drawn: dict[str, Figure] = {}
     if any(record["kl"] is not None for record in records):
         drawn["frontier.png"] = _frontier_figure(records)
     if reference_rewards is not None and policy_rewards is not None:
-        drawn["rewards.png"] = plots.reward_figure(reference_rewards, policy_rewards)
+        drawn["rewards.png"] = plots.reward_figure(
+            reference_rewards, policy_rewards, _mean_rewards(records)
+        )
     if calibrated_rewards is not None:
         drawn["calibration.png"] = plots.calibration_figure(calibrated_rewards, k)
     if training_logs:
@@ -110,83 +114,9 @@ def report(  # noqa: PLR0913 (each is a section of the page)
     for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=DPI)
     page = folder / "report.md"
-    write_atomically(
-        page, _page(records, list(drawn), settings or {}, labels or {}).encode("utf-8")
-    )
+    text = _page(sections, list(drawn), settings or {}, labels or {})
+    write_atomically(page, text.encode("utf-8"))
     return page
-
-
-def report_inputs(records: Sequence[Record], training: Mapping[str, str]) -> dict[str, Any]:
-    """Read what a report shows besides its records: draws they name, and training logs.
-
-    Parameters
-    ----------
-    records : sequence of mapping
-        Records with ``sources``, as ``ctrl-dpo evaluate`` writes them.
-    training : mapping of str to str
-        Folder of ``ctrl-dpo train`` by the name its curves get.
-
-    Returns
-    -------
-    dict
-        Keyword arguments of :func:`report`. Reference draws are split in halves: the first half of
-        a prompt's draws calibrates the second, where a prompt has two or more.
-    """
-    if not records:
-        return {}
-    reference = _rewards(records[0], "reference")
-    half = min(map(len, reference)) // 2
-    logs = {
-        name: list(map(json.loads, (Path(folder) / METRICS).read_text("utf-8").splitlines()))
-        for name, folder in training.items()
-    }
-    found: dict[str, Any] = {
-        "training_logs": logs,
-        "reference_rewards": np.concatenate(reference),
-        "policy_rewards": {r["name"]: np.concatenate(_rewards(r, "policy")) for r in records},
-        "settings": {r["name"]: {"sources": r["sources"], "seed": r["seed"]} for r in records},
-    }
-    if half > 0:
-        draws = np.array([row[: 2 * half] for row in reference])
-        calibrated = calibrated_reward(draws[:, half:], draws[:, :half])
-        found |= {"calibrated_rewards": calibrated, "k": half}
-    return found
-
-
-def _rewards(record: Record, side: str) -> list[list[float]]:
-    """Read the rewards of one side of an evaluation, one list a prompt."""
-    draws = gather_draws(read_rows(record["sources"][side]), record.get("columns"))
-    return [columns[REWARDS] for columns in draws.values()]
-
-
-def label_summaries(folders: Sequence[Path]) -> dict[str, Record]:
-    """Read what stages of labels say about themselves.
-
-    Parameters
-    ----------
-    folders : sequence of Path
-        Finished folders of ``ctrl-dpo relabel``.
-
-    Returns
-    -------
-    dict of str to mapping
-        Summaries by folder, as :func:`report` takes them.
-
-    Raises
-    ------
-    ValueError
-        If one is something else.
-    """
-    found = {}
-    for folder in folders:
-        record = read_record(folder)
-        if "histograms" not in record.get("summary", {}):
-            raise ValueError(
-                f"labels must be finished folders of `ctrl-dpo relabel`; got {str(folder)!r} of "
-                f"stage {record.get('stage')!r}. Run that command first."
-            )
-        found[str(folder)] = record["summary"]
-    return found
 
 
 def win_rate_table(records: Sequence[Record]) -> str:
@@ -270,20 +200,26 @@ def _procedures(records: Sequence[Record]) -> list[str]:
 
 def _frontier_figure(records: Sequence[Record]) -> Figure:
     """Draw every policy under the theory's curves, which end a little beyond the largest KL."""
-    end = 1.15 * max(record["kl"]["high"] for record in records if record["kl"] is not None)
+    highest = max(record["kl"]["high"] for record in records if record["kl"] is not None)
+    end = max(1.15 * highest, _SHORTEST)
     kls = (end * np.linspace(0.02, 1, 40) ** 2).tolist()  # closer where the curves are steep
     rows = frontier_rows(_procedures(records), kls, records[0]["against"])
     return plots.frontier_figure(rows, records, "Win rate at the KL paid for it, under the optimum")
 
 
+def _mean_rewards(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """Return the mean rewards of the reference policy and of each policy, by its name."""
+    return {r["name"]: (r["reference_rewards"]["value"], r["rewards"]["value"]) for r in records}
+
+
 def _page(
-    records: Sequence[Record],
+    evaluation: Mapping[str, str],
     pictures: Sequence[str],
     settings: Mapping[str, Any],
     labels: Mapping[str, Record],
 ) -> str:
     """Compose the page."""
-    sections = evaluation_sections(records) if records else {}
+    sections = dict(evaluation)
     for name, summary in labels.items():
         sections[f"Labels of {name}"] = table(["", "value"], figures(summary))
     if pictures:
@@ -309,6 +245,7 @@ def evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
         Markdown by title.
     """
     first = records[0]
+    confidence = percent(first["confidence"])
     served = (
         f"what {plots.words(first['against'])} serves" if first["against"] else "what it serves"
     )
@@ -316,7 +253,7 @@ def evaluation_sections(records: Sequence[Record]) -> dict[str, str]:
         "Evaluation": (
             f"{first['n_prompts']} held-out prompts, {first['n_reference_draws']} draws of the "
             f"reference policy and {first['n_draws']} of {first['name']}; {first['tied']:.1%} of "
-            f"their pairs have equal rewards. Brackets hold {first['confidence']:.0%} intervals by "
+            f"their pairs have equal rewards. Brackets hold {confidence} intervals by "
             "bootstrap over prompts."
         ),
         "Inference-time win rate against the reference policy": (

@@ -9,7 +9,6 @@ import typer
 
 from ctrl_dpo.commands.options import Column, Output, Seed, assigned, finished
 
-EVALUATION = "evaluation.json"
 PROCEDURES = ["single_draw", "best_of_4", "worst_of_4"]
 
 
@@ -38,7 +37,8 @@ def evaluate(
     """
     from ctrl_dpo.data.folders import StageFolder, content_hash, read_rows, write_atomically
     from ctrl_dpo.evaluate import evaluate as run
-    from ctrl_dpo.report import attainment_table, report, report_inputs, win_rate_table
+    from ctrl_dpo.report import attainment_table, report, win_rate_table
+    from ctrl_dpo.report_inputs import EVALUATION, read_evaluation, relative_source, report_inputs
 
     options: dict[str, Any] = {
         "name": name,
@@ -52,15 +52,17 @@ def evaluate(
     with StageFolder(output, "evaluate", settings, inputs, n_shards=0).held() as folder:
         if not folder.is_complete:
             record = run(read_rows(policy), read_rows(reference), procedures=procedure, **options)
-            record["sources"] = {"policy": policy, "reference": reference}
+            sides = {"policy": policy, "reference": reference}
+            record["sources"] = {side: relative_source(s, output) for side, s in sides.items()}
             record["columns"] = options["columns"]
             text = json.dumps(record, indent=1) + "\n"
             write_atomically(output / EVALUATION, text.encode("utf-8"))
             if plot:
-                report(output, [record], **report_inputs([record], {}))
+                written = read_evaluation(output)
+                report(output, [written], **report_inputs([written], {}))
             rates = {f"win rate {p}": r["value"] for p, r in record["win_rates"].items()}
             folder.finish(rates | ({} if record["kl"] is None else {"kl": record["kl"]["value"]}))
-    found = json.loads((output / EVALUATION).read_text(encoding="utf-8"))
+    found = read_evaluation(output)
     typer.echo(f"{win_rate_table([found])}\n")
     if found["kl"] is not None:
         typer.echo(f"Attainment:\n\n{attainment_table([found])}\n")

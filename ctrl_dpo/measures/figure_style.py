@@ -25,6 +25,7 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "lines.linewidth": 2,
+    "text.parse_math": False,  # a name may hold dollar signs
 }
 
 
@@ -57,6 +58,11 @@ def panels(n: int, title: str, share_y: bool = False) -> tuple[Figure, list[Axes
     figure = Figure(figsize=(max(4.6 * n, 7.0), 4.8), layout="constrained")
     figure.suptitle(title, fontweight="bold")
     return figure, list(figure.subplots(1, n, squeeze=False, sharey=share_y)[0])
+
+
+def legend_name(name: str) -> str:
+    """Return a user's name as a legend shows it: matplotlib hides labels that begin with "_"."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes]) -> None:

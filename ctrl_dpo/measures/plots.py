@@ -8,13 +8,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ctrl_dpo.measures.figure_style import COLOURS, DASHES, MARKERS, legend_below, panels, styled
+from ctrl_dpo.measures.figure_style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    legend_below,
+    legend_name,
+    panels,
+    styled,
+)
+from ctrl_dpo.measures.tables import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
+_HUGE = 1e300
 
 _TRAINING_PANELS = (
     ("Loss", "loss per batch", ("loss", "eval_loss")),
@@ -71,6 +81,8 @@ def frontier_figure(
     procedures = list(dict.fromkeys(str(row["procedure"]) for row in rows))
     title = title or "The win rate that each nat of KL can buy, by theory"
     figure, axes = panels(len(procedures), title, share_y=True)
+    # an estimated KL can be below 0
+    lowest = min([0.0, *(record["kl"]["low"] for record in records if record["kl"] is not None)])
     for axis, procedure in zip(axes, procedures, strict=True):
         _curves(axis, [row for row in rows if str(row["procedure"]) == procedure])
         for number, record in enumerate(records):
@@ -78,7 +90,7 @@ def frontier_figure(
         axis.axhline(50, color="0.75", linewidth=1)
         axis.set_title(f"used through {words(procedure)}")
         axis.set_xlabel("KL from the reference policy\n(nats per response)")
-        axis.set_xlim(left=0)
+        axis.set_xlim(left=1.15 * lowest)
     axes[0].set_ylabel("inference-time win rate\nagainst the reference policy (%)")
     legend_below(figure, axes)
     return figure
@@ -114,7 +126,7 @@ def _point(axis: Axes, record: Row, procedure: str, number: int) -> None:
         color=COLOURS[number % len(COLOURS)],
         markersize=8,
         capsize=3,
-        label=f"{record['name']} ({record['confidence']:.0%} intervals)",
+        label=f"{legend_name(record['name'])} ({percent(record['confidence'])} intervals)",
     )
 
 
@@ -240,7 +252,7 @@ def training_figure(logs: Mapping[str, Sequence[Row]]) -> Figure:
         known = [key for panel in _TRAINING_PANELS for key in panel[2]]
         raise ValueError(f"logs must hold one of {known}; got {sorted(found)}.")
     figure, axes = panels(len(shown), "What the fit did in training, step by step")
-    for axis, (title, label, keys) in zip(axes, shown, strict=True):
+    for axis, (title, unit, keys) in zip(axes, shown, strict=True):
         for number, (name, rows) in enumerate(logs.items()):
             for dash, key in zip(DASHES, keys, strict=False):
                 curve = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
@@ -248,16 +260,21 @@ def training_figure(logs: Mapping[str, Sequence[Row]]) -> Figure:
                     split = " (held out)" if key.startswith("eval") else ""
                     colour = COLOURS[number % len(COLOURS)]
                     steps, values = np.array(curve, dtype=float).T
-                    axis.plot(steps, values, dash, color=colour, alpha=0.85, label=name + split)
+                    label = legend_name(name) + split
+                    axis.plot(steps, values, dash, color=colour, alpha=0.85, label=label)
         axis.set_title(title)
-        axis.set_ylabel(label)
+        axis.set_ylabel(unit)
         axis.set_xlabel("optimiser step")
     legend_below(figure, axes)
     return figure
 
 
 @styled
-def reward_figure(reference_rewards: ArrayLike, policy_rewards: Mapping[str, ArrayLike]) -> Figure:
+def reward_figure(
+    reference_rewards: ArrayLike,
+    policy_rewards: Mapping[str, ArrayLike],
+    means: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
     """Compare the rewards of single draws before and after training.
 
     Parameters
@@ -266,6 +283,9 @@ def reward_figure(reference_rewards: ArrayLike, policy_rewards: Mapping[str, Arr
         Rewards of draws from the reference policy, any shape.
     policy_rewards : mapping of str to array_like
         Rewards of draws from each trained policy.
+    means : mapping of str to (before, after), optional
+        Mean rewards of the reference policy and of a policy, such as those over prompts where
+        prompts have unequal numbers of draws; by default those of the draws.
 
     Returns
     -------
@@ -274,7 +294,11 @@ def reward_figure(reference_rewards: ArrayLike, policy_rewards: Mapping[str, Arr
     """
     before = np.ravel(np.asarray(reference_rewards, dtype=float))
     after = {name: np.ravel(np.asarray(r, dtype=float)) for name, r in policy_rewards.items()}
-    edges = np.histogram_bin_edges(np.concatenate([before, *after.values()]), bins=30)
+    largest = max(float(abs(rewards).max()) for rewards in (before, *after.values()))
+    # matplotlib adds up edges, which overflows near the largest float
+    unit = _HUGE if largest > _HUGE else 1.0
+    before, after = before / unit, {name: rewards / unit for name, rewards in after.items()}
+    edges = _edges(np.concatenate([before, *after.values()]))
     figure, axes = panels(
         len(after), "Rewards of single draws before and after training", share_y=True
     )
@@ -282,11 +306,24 @@ def reward_figure(reference_rewards: ArrayLike, policy_rewards: Mapping[str, Arr
         colour = COLOURS[number % len(COLOURS)]
         shares = [100 * np.histogram(r, edges)[0] / r.size for r in (before, rewards)]
         axis.stairs(shares[0], edges, fill=True, color="0.8", label="reference policy, before")
-        axis.stairs(shares[1], edges, color=colour, linewidth=2, label=f"{name}, after")
-        axis.axvline(before.mean(), color="0.4", linestyle=":", label="mean before")
-        axis.axvline(rewards.mean(), color=colour, linestyle="--", label="mean after")
-        axis.set_title(f"{name}\nmean {before.mean():.3g} before, {rewards.mean():.3g} after")
-        axis.set_xlabel("reward (in the reward's own unit)")
+        label = f"{legend_name(name)}, after"
+        axis.stairs(shares[1], edges, color=colour, linewidth=2, label=label)
+        first, last = (means or {}).get(name, (unit * before.mean(), unit * rewards.mean()))
+        axis.axvline(first / unit, color="0.4", linestyle=":", label="mean before")
+        axis.axvline(last / unit, color=colour, linestyle="--", label="mean after")
+        axis.set_title(f"{name}\nmean {first:.3g} before, {last:.3g} after")
+        scale = "" if unit == 1 else f"{unit:g} times "
+        axis.set_xlabel(f"reward (in {scale}the reward's own unit)")
     axes[0].set_ylabel("share of draws (%)")
     legend_below(figure, axes)
     return figure
+
+
+def _edges(values: NDArray[np.float64], bins: int = 30) -> NDArray[np.float64]:
+    """Return the edges of equal bins, over a wider range where floats cannot tell them apart."""
+    low, high = float(values.min()), float(values.max())
+    largest = max(abs(low), abs(high))
+    if high - low < 2 * bins * np.spacing(largest):
+        margin = max(0.5, 1e-3 * largest)
+        low, high = low - margin, high + margin
+    return np.histogram_bin_edges(values, bins, (low, high))

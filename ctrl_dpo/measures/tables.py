@@ -60,6 +60,27 @@ def cell(numbers: Mapping[str, float] | None, form: str) -> str:
     return f"{value} ({low} to {high})"
 
 
+def percent(share: float) -> str:
+    """Write a share as a percentage with the digits it has, six at most.
+
+    Parameters
+    ----------
+    share : float
+        Such as the confidence of an interval.
+
+    Returns
+    -------
+    str
+        Percentage.
+
+    Examples
+    --------
+    >>> percent(0.95), percent(0.995)
+    ('95%', '99.5%')
+    """
+    return f"{100 * share:g}%"
+
+
 def figures(summary: Mapping[str, Any]) -> list[list[str]]:
     """Write a summary as rows of name and value, four digits of each float.
 

@@ -16,10 +16,10 @@ from ctrl_dpo.measures.plots import words
 from ctrl_dpo.report import (
     attainment_table,
     comparison_table,
-    label_summaries,
     report,
     win_rate_table,
 )
+from ctrl_dpo.report_inputs import label_summaries
 
 
 def estimate(value: float, spread: float = 0.05) -> dict[str, object]:
@@ -46,6 +46,8 @@ def record(name: str = "ours", **changes) -> dict[str, object]:
         "kl": estimate(0.5),
         "length": estimate(12.0),
         "reference_length": estimate(11.0),
+        "rewards": estimate(2.0),
+        "reference_rewards": estimate(1.0),
         "win_rates": {"best_of_4": estimate(0.75)},
         "attainment": {"best_of_4": estimate(0.8)},
     }
@@ -95,6 +97,96 @@ def test_a_page_with_all_its_figures(tmp_path):
     assert names == {"frontier.png", "rewards.png", "calibration.png", "training.png"}
     assert '"seed": 0' in page
     assert "baseline" in page
+
+
+def test_a_policy_of_no_kl_is_drawn_under_curves_to_a_tenth_of_a_nat(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "frontier_figure", recorder(plots.frontier_figure, drawn))
+    untrained = record("untrained", kl=estimate(0.0, 0.0), attainment={"best_of_4": None})
+    below = record("below", kl=estimate(-0.04, 0.01), attainment={"best_of_4": None})
+    report(tmp_path, [untrained, below])
+    (rows, _), figure = drawn
+    assert max(row["kl"] for row in rows) == pytest.approx(0.1)
+    (axis,) = figure.axes
+    assert axis.get_xlim()[0] == pytest.approx(1.15 * -0.05)
+    points = [bars.lines[0].get_xdata()[0] for bars in axis.containers]
+    assert points == [0.0, -0.04]
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        [1.0, 0.9999999999999999],
+        [1e16, 1e16 + 2],
+        [-1e300, 1e300],
+        [-1.7e308, 1.7e308],
+        [1.7e308, 1.7e308],
+        [0.0, 5e-324],
+        [3.0, 3.0],
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("error")
+def test_rewards_of_any_size_are_drawn(tmp_path, rewards):
+    figure = plots.reward_figure(rewards, {"ours": [*rewards, rewards[1]]})
+    figure.savefig(tmp_path / "r.png")
+    before, after = (bars.get_data().values for bars in figure.axes[0].patches)
+    assert before.sum() == pytest.approx(100)
+    assert after.sum() == pytest.approx(100)
+    title = figure.axes[0].get_title()
+    assert f"mean {rewards[0] / 2 + rewards[1] / 2:.3g} before" in title
+
+
+def test_the_picture_of_rewards_has_the_means_of_the_record(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "reward_figure", recorder(plots.reward_figure, drawn))
+    page = report(
+        tmp_path, [record()], reference_rewards=[0.0, 5.0], policy_rewards={"ours": [9.0, 9.0]}
+    ).read_text()
+    (axis,) = drawn[1].axes
+    assert axis.get_title() == "ours\nmean 1 before, 2 after"
+    assert [line.get_xdata()[0] for line in axis.lines] == [1.0, 2.0]
+    assert "means are over prompts" in page
+
+
+def test_confidence_is_written_with_its_digits(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "frontier_figure", recorder(plots.frontier_figure, drawn))
+    page = report(tmp_path, [record(confidence=0.995)]).read_text()
+    assert "Brackets hold 99.5% intervals" in page
+    assert "ours (99.5% intervals)" in legend(drawn[1])
+    records = record(confidence=0.995), record("other")
+    with pytest.raises(ValueError, match=r"same confidence; got 0\.995 .* 0\.95 for 'other'"):
+        report(tmp_path / "two", records)
+    assert not (tmp_path / "two").exists()
+
+
+def test_names_are_shown_as_they_are(tmp_path):
+    names = ["_base", "cost $_$"]
+    rows = frontier_rows(["best_of_4"], [0.5])
+    log = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
+    figures = [
+        plots.frontier_figure(rows, [record(name) for name in names], "of $_$"),
+        plots.reward_figure([0.0, 1.0], {name: [0.5, 2.0] for name in names}),
+        plots.training_figure(dict.fromkeys(names, log)),
+        plots.training_figure({"_base": log}),
+    ]
+    for figure in figures:
+        figure.savefig(tmp_path / "f.png")
+    for figure, suffix in zip(figures, (" (95% intervals)", ", after", ""), strict=False):
+        assert {f" _base{suffix}", f"cost $_${suffix}"} <= set(legend(figure))
+    assert legend(figures[3]) == [" _base"]
+
+
+def legend(figure) -> list[str]:
+    (found,) = figure.legends
+    return [text.get_text() for text in found.get_texts()]
+
+
+def test_two_records_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="different names; got 'ours' for numbers 0 and 2"):
+        report(tmp_path / "page", [record(), record("other"), record()])
+    assert not (tmp_path / "page").exists()
 
 
 def test_nothing_to_report_is_an_error(tmp_path):
