@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,8 +131,11 @@ def evaluate(
     dict
         Ready for JSON. ``win_rates`` and ``attainment`` by procedure; ``kl`` (nats per response);
         ``length`` and ``reference_length`` (tokens); ``rewards`` and ``reference_rewards`` (means);
-        ``tied`` (share of policy and reference rewards that are equal); counts and settings. None
-        stands for what the columns do not give, and for attainment at a KL that may be 0.
+        ``tied`` (share of policy and reference rewards that are equal); counts and settings.
+        ``per_prompt`` lists are in the order of the policy's rows; ``prompt_ranks`` are the places
+        of these prompts in sorted order, ``prompts_hash`` and ``reference_hash`` (of the reference
+        rewards) do not depend on the order of rows or draws. None stands for what the columns do
+        not give, and for attainment at a KL that may be 0.
 
     Raises
     ------
@@ -165,7 +170,7 @@ def evaluate(
         "n_prompts": len(prompts),
         "n_draws": sum(map(len, rewards[0])),
         "n_reference_draws": sum(map(len, rewards[1])),
-        "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        **_identity(prompts, rewards[1]),
         "against": None if against is None else str(against),
         **options,
         "win_rates": {procedure: rate.as_dict() for procedure, rate in win_rates.items()},
@@ -185,7 +190,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     Parameters
     ----------
     first, second : mapping
-        Records of :func:`evaluate` on the same prompts, against the same reference draws.
+        Records of :func:`evaluate` on the same prompts, in any order, against the same reference
+        draws.
 
     Returns
     -------
@@ -196,7 +202,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     Raises
     ------
     ValueError
-        If the records are of different prompts.
+        If the records are of different prompts, reference rewards or ``against``.
 
     Examples
     --------
@@ -206,23 +212,38 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     >>> compare(*records)["best_of_2"]["value"]
     0.5
     """
-    for setting in ("prompts_hash", "against"):
-        if first[setting] != second[setting]:
+    for setting in ("prompts_hash", "reference_hash", "against"):
+        found = first.get(setting), second.get(setting)
+        if found[0] != found[1]:
             raise ValueError(
-                f"first and second must be records of the same {setting}; got {first[setting]!r} "
-                f"for {first['name']!r} and {second[setting]!r} for {second['name']!r}."
+                f"first and second must be records of the same {setting}; got {found[0]!r} "
+                f"for {first['name']!r} and {found[1]!r} for {second['name']!r}. Evaluate both on "
+                "the same prompts and reference draws."
             )
-    rates = first["win_rates"], second["win_rates"]
-    return {
-        procedure: paired_difference(
-            Estimate.from_dict(rates[0][procedure]),
-            Estimate.from_dict(rates[1][procedure]),
-            first["confidence"],
-            first["seed"],
-        ).as_dict()
-        for procedure in rates[0]
-        if procedure in rates[1]
+    # records without ranks are older: their equal hashes say that the order is the same
+    ranks = [record.get("prompt_ranks", range(record["n_prompts"])) for record in (first, second)]
+    order = np.argsort(ranks[1])[ranks[0]]
+    differences = {}
+    for procedure in first["win_rates"]:
+        if procedure in second["win_rates"]:
+            ours, other = (Estimate.from_dict(r["win_rates"][procedure]) for r in (first, second))
+            other = replace(other, per_prompt=other.per_prompt[order])
+            paired = paired_difference(ours, other, first["confidence"], first["seed"])
+            differences[procedure] = paired.as_dict()
+    return differences
+
+
+def _identity(prompts: list[str], reference_rewards: list[list[float]]) -> dict[str, Any]:
+    """Return what tells whether two records are of the same prompts and reference draws."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    # + 0.0: two zeros that compare equal hash alike
+    rewards = [sorted(float(reward) + 0.0 for reward in reference_rewards[i]) for i in order]
+    texts = {
+        "prompts_hash": "\n".join(prompts[i] for i in order),
+        "reference_hash": json.dumps(rewards),
     }
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return {**hashes, "prompt_ranks": np.argsort(order).tolist()}
 
 
 def _match_prompts(
