@@ -12,16 +12,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
+from ctrl_dpo.measures.attainment import attainment, attainment_interval
 from ctrl_dpo.measures.draws import LENGTH, check_origins, gather_draws, noting_origins
 from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
 from ctrl_dpo.measures.uniformity import CalibrationError, calibration_error
-from ctrl_dpo.measures.win_rates import (
-    Rows,
-    attainment,
-    attainment_interval,
-    checked_rows,
-    inference_win_rate,
-)
+from ctrl_dpo.measures.win_rates import Rows, checked_rows, inference_win_rate
 from ctrl_dpo.theory.procedures import Procedure
 
 __all__ = [
