@@ -11,13 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ctrl_dpo._validation import check_integer
 from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
 from ctrl_dpo.measures.attainment import attainment, attainment_interval
-from ctrl_dpo.measures.draws import LENGTH, check_origins, gather_draws, noting_origins
+from ctrl_dpo.measures.draws import (
+    LENGTH,
+    check_origins,
+    gather_draws,
+    having_columns,
+    named,
+    noting_origins,
+)
 from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
 from ctrl_dpo.measures.uniformity import CalibrationError, calibration_error
-from ctrl_dpo.measures.win_rates import Rows, checked_rows, inference_win_rate
-from ctrl_dpo.theory.procedures import Procedure
+from ctrl_dpo.measures.win_rates import Rows, check_draws, checked_rows, inference_win_rate
+from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 
 __all__ = [
     "CalibrationError",
@@ -135,8 +143,9 @@ def evaluate(
     Raises
     ------
     ValueError
-        If the two do not hold the same prompts, or a mapped column is not there; if sampler or
-        template differ, or log-probabilities are of draws that a changed sampler made.
+        If the two do not hold the same prompts, a mapped column is not there (those of the KL on
+        the reference's side apart), or a prompt has fewer draws than a procedure looks at; if
+        sampler or template differ, or log-probabilities are of draws that a changed sampler made.
 
     Examples
     --------
@@ -146,9 +155,15 @@ def evaluate(
     >>> [rates["value"] for rates in record["win_rates"].values()]
     [0.75, 1.0]
     """
+    check_integer("seed", seed, 0)
     prompts, ours, base = _match_prompts(policy, reference, columns or {})
     options: dict[str, Any] = {"confidence": confidence, "seed": seed}
     rewards = [row[REWARDS] for row in ours], [row[REWARDS] for row in base]
+    places = [named(prompt) for prompt in prompts]
+    for procedure in procedures:
+        other = procedure if against is None else against
+        check_draws("policy_rewards", rewards[0], parse_procedure(procedure), places)
+        check_draws("reference_rewards", rewards[1], parse_procedure(other), places)
     win_rates = {
         str(procedure): inference_win_rate(*rewards, procedure, against=against, **options)
         for procedure in procedures
@@ -248,8 +263,12 @@ def _match_prompts(
 ) -> tuple[list[str], list[Draws], list[Draws]]:
     """Return the prompts, and for each the draws of the policy and of the reference policy."""
     origins: tuple[set[str], set[str]] = set(), set()
-    mine = gather_draws(noting_origins(policy, origins[0]), columns)
-    theirs = gather_draws(noting_origins(reference, origins[1]), columns)
+    needed = {ours: name for ours, name in columns.items() if ours not in (PROMPT, REWARDS)}
+    policy = having_columns(policy, needed, "policy")
+    mine = gather_draws(noting_origins(policy, origins[0]), columns, "policy")
+    needed = {ours: name for ours, name in needed.items() if ours in (LENGTH, RESPONSE_IDS)}
+    reference = having_columns(reference, needed, "reference")
+    theirs = gather_draws(noting_origins(reference, origins[1]), columns, "reference")
     if mine.keys() != theirs.keys():
         raise ValueError(
             "policy and reference must hold the same prompts; got "
@@ -257,12 +276,6 @@ def _match_prompts(
             f"{len(theirs.keys() - mine.keys())} in reference only."
         )
     prompts = list(mine)
-    absent = sorted(columns.keys() - {PROMPT, RESPONSE_IDS} - mine[prompts[0]].keys())
-    if absent:
-        raise ValueError(
-            f"columns must map to columns of the policy's rows; got {dict(columns)!r}, and "
-            f"no {absent[0]!r} there. Correct the name."
-        )
     check_origins(*origins, has_kl=_has_kl(mine[prompts[0]]))
     return prompts, [mine[prompt] for prompt in prompts], [theirs[prompt] for prompt in prompts]
 

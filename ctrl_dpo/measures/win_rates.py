@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Sized
 from functools import lru_cache
 
 import numpy as np
@@ -63,7 +63,7 @@ def inference_win_rate(
     Raises
     ------
     ValueError
-        If the numbers of prompts differ.
+        If the numbers of prompts differ, or a prompt has too few draws.
 
     Notes
     -----
@@ -91,9 +91,41 @@ def inference_win_rate(
             f"{len(policy)} and {len(reference)} rows."
         )
     mine, theirs = _both(procedure, against)
-    pairs = enumerate(zip(policy, reference, strict=True))
-    per_prompt = [_win_rate(a, b, mine, theirs, row) for row, (a, b) in pairs]
+    places = [f"row {row}" for row in range(len(policy))]
+    check_draws("policy_rewards", policy, mine, places)
+    check_draws("reference_rewards", reference, theirs, places)
+    pairs = zip(policy, reference, strict=True)
+    per_prompt = [_win_rate(a, b, mine, theirs) for a, b in pairs]
     return mean_over_prompts(per_prompt, confidence, seed, "win rate")
+
+
+def check_draws(
+    name: str, rows: Sequence[Sized], procedure: Procedure, places: Sequence[str]
+) -> None:
+    """Raise where a prompt has fewer draws than a procedure looks at.
+
+    Parameters
+    ----------
+    name : str
+        What the error calls the rewards.
+    rows : sequence of sized
+        The draws of each prompt.
+    procedure : Procedure
+        Inference-time procedure.
+    places : sequence of str
+        What the error calls each prompt.
+
+    Raises
+    ------
+    ValueError
+        If a prompt has too few.
+    """
+    for row, place in zip(rows, places, strict=True):
+        if len(row) < procedure.n_draws:
+            raise ValueError(
+                f"{name} must hold >= {procedure.n_draws} draws a prompt for {procedure}; got "
+                f"{len(row)} at {place}. Draw more, or evaluate a smaller N."
+            )
 
 
 def _win_rate(
@@ -101,18 +133,8 @@ def _win_rate(
     reference: NDArray[np.float64],
     mine: Procedure,
     theirs: Procedure,
-    row: int,
 ) -> float:
     """Return the win rate on one prompt."""
-    for name, draws, procedure in (
-        ("policy_rewards", policy, mine),
-        ("reference_rewards", reference, theirs),
-    ):
-        if draws.size < procedure.n_draws:
-            raise ValueError(
-                f"{name} must hold >= {procedure.n_draws} draws a prompt for {procedure}; got "
-                f"{draws.size} at row {row}. Draw more, or evaluate a smaller N."
-            )
     ordered = np.sort(reference)
     # weight of the reference rewards below each boundary of the sorted list
     below = np.concatenate(([0.0], np.cumsum(selection_weights(theirs, reference.size))))
