@@ -16,8 +16,8 @@ from partial_fit import PROCEDURES, PartialView
 from recording import append_rows
 from scipy import optimize
 
+from ctrl_dpo.measures.attainment import attainment
 from ctrl_dpo.measures.tables import table
-from ctrl_dpo.measures.win_rates import attainment
 from ctrl_dpo.theory.procedures import parse_procedure
 
 KLS = (0.5, 1.0, 2.0, 4.0)

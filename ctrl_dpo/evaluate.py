@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ctrl_dpo._validation import check_integer
 from ctrl_dpo.data.columns import POLICY_LOGPS, PROMPT, REFERENCE_LOGPS, RESPONSE_IDS, REWARDS
-from ctrl_dpo.measures.draws import LENGTH, check_origins, gather_draws, noting_origins
+from ctrl_dpo.measures.attainment import attainment, attainment_interval
+from ctrl_dpo.measures.draws import (
+    LENGTH,
+    check_origins,
+    gather_draws,
+    having_columns,
+    named,
+    noting_origins,
+)
 from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
 from ctrl_dpo.measures.uniformity import CalibrationError, calibration_error
-from ctrl_dpo.measures.win_rates import (
-    Rows,
-    attainment,
-    attainment_interval,
-    checked_rows,
-    inference_win_rate,
-)
-from ctrl_dpo.theory.procedures import Procedure
+from ctrl_dpo.measures.win_rates import Rows, check_draws, checked_rows, inference_win_rate
+from ctrl_dpo.theory.procedures import Procedure, parse_procedure
 
 __all__ = [
     "CalibrationError",
@@ -129,14 +134,18 @@ def evaluate(
     dict
         Ready for JSON. ``win_rates`` and ``attainment`` by procedure; ``kl`` (nats per response);
         ``length`` and ``reference_length`` (tokens); ``rewards`` and ``reference_rewards`` (means);
-        ``tied`` (share of policy and reference rewards that are equal); counts and settings. None
-        stands for what the columns do not give, and for attainment at a KL that may be 0.
+        ``tied`` (share of policy and reference rewards that are equal); counts and settings.
+        ``per_prompt`` lists are in the order of the policy's rows; ``prompt_ranks`` are the places
+        of these prompts in sorted order, ``prompts_hash`` and ``reference_hash`` (of the reference
+        rewards) do not depend on the order of rows or draws. None stands for what the columns do
+        not give, and for attainment at a KL that may be 0.
 
     Raises
     ------
     ValueError
-        If the two do not hold the same prompts, or a mapped column is not there; if sampler or
-        template differ, or log-probabilities are of draws that a changed sampler made.
+        If the two do not hold the same prompts, a mapped column is not there (those of the KL on
+        the reference's side apart), or a prompt has fewer draws than a procedure looks at; if
+        sampler or template differ, or log-probabilities are of draws that a changed sampler made.
 
     Examples
     --------
@@ -146,9 +155,15 @@ def evaluate(
     >>> [rates["value"] for rates in record["win_rates"].values()]
     [0.75, 1.0]
     """
+    check_integer("seed", seed, 0)
     prompts, ours, base = _match_prompts(policy, reference, columns or {})
     options: dict[str, Any] = {"confidence": confidence, "seed": seed}
     rewards = [row[REWARDS] for row in ours], [row[REWARDS] for row in base]
+    places = [named(prompt) for prompt in prompts]
+    for procedure in procedures:
+        other = procedure if against is None else against
+        check_draws("policy_rewards", rewards[0], parse_procedure(procedure), places)
+        check_draws("reference_rewards", rewards[1], parse_procedure(other), places)
     win_rates = {
         str(procedure): inference_win_rate(*rewards, procedure, against=against, **options)
         for procedure in procedures
@@ -165,7 +180,7 @@ def evaluate(
         "n_prompts": len(prompts),
         "n_draws": sum(map(len, rewards[0])),
         "n_reference_draws": sum(map(len, rewards[1])),
-        "prompts_hash": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        **_identity(prompts, rewards[1]),
         "against": None if against is None else str(against),
         **options,
         "win_rates": {procedure: rate.as_dict() for procedure, rate in win_rates.items()},
@@ -185,7 +200,8 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     Parameters
     ----------
     first, second : mapping
-        Records of :func:`evaluate` on the same prompts, against the same reference draws.
+        Records of :func:`evaluate` on the same prompts, in any order, against the same reference
+        draws.
 
     Returns
     -------
@@ -196,7 +212,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     Raises
     ------
     ValueError
-        If the records are of different prompts or confidences, or against another procedure.
+        If the records are of different prompts, reference rewards, ``against`` or confidences.
 
     Examples
     --------
@@ -206,23 +222,38 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     >>> compare(*records)["best_of_2"]["value"]
     0.5
     """
-    for setting in ("prompts_hash", "against", "confidence"):
-        if first[setting] != second[setting]:
+    for setting in ("prompts_hash", "reference_hash", "against", "confidence"):
+        found = first.get(setting), second.get(setting)
+        if found[0] != found[1]:
             raise ValueError(
-                f"first and second must be records of the same {setting}; got {first[setting]!r} "
-                f"for {first['name']!r} and {second[setting]!r} for {second['name']!r}."
+                f"first and second must be records of the same {setting}; got {found[0]!r} "
+                f"for {first['name']!r} and {found[1]!r} for {second['name']!r}. Evaluate both on "
+                "the same prompts and reference draws."
             )
-    rates = first["win_rates"], second["win_rates"]
-    return {
-        procedure: paired_difference(
-            Estimate.from_dict(rates[0][procedure]),
-            Estimate.from_dict(rates[1][procedure]),
-            first["confidence"],
-            first["seed"],
-        ).as_dict()
-        for procedure in rates[0]
-        if procedure in rates[1]
+    # records without ranks are older: their equal hashes say that the order is the same
+    ranks = [record.get("prompt_ranks", range(record["n_prompts"])) for record in (first, second)]
+    order = np.argsort(ranks[1])[ranks[0]]
+    differences = {}
+    for procedure in first["win_rates"]:
+        if procedure in second["win_rates"]:
+            ours, other = (Estimate.from_dict(r["win_rates"][procedure]) for r in (first, second))
+            other = replace(other, per_prompt=other.per_prompt[order])
+            paired = paired_difference(ours, other, first["confidence"], first["seed"])
+            differences[procedure] = paired.as_dict()
+    return differences
+
+
+def _identity(prompts: list[str], reference_rewards: list[list[float]]) -> dict[str, Any]:
+    """Return what tells whether two records are of the same prompts and reference draws."""
+    order = sorted(range(len(prompts)), key=prompts.__getitem__)
+    # + 0.0: two zeros that compare equal hash alike
+    rewards = [sorted(float(reward) + 0.0 for reward in reference_rewards[i]) for i in order]
+    texts = {
+        "prompts_hash": "\n".join(prompts[i] for i in order),
+        "reference_hash": json.dumps(rewards),
     }
+    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    return {**hashes, "prompt_ranks": np.argsort(order).tolist()}
 
 
 def _match_prompts(
@@ -232,8 +263,12 @@ def _match_prompts(
 ) -> tuple[list[str], list[Draws], list[Draws]]:
     """Return the prompts, and for each the draws of the policy and of the reference policy."""
     origins: tuple[set[str], set[str]] = set(), set()
-    mine = gather_draws(noting_origins(policy, origins[0]), columns)
-    theirs = gather_draws(noting_origins(reference, origins[1]), columns)
+    needed = {ours: name for ours, name in columns.items() if ours not in (PROMPT, REWARDS)}
+    policy = having_columns(policy, needed, "policy")
+    mine = gather_draws(noting_origins(policy, origins[0]), columns, "policy")
+    needed = {ours: name for ours, name in needed.items() if ours in (LENGTH, RESPONSE_IDS)}
+    reference = having_columns(reference, needed, "reference")
+    theirs = gather_draws(noting_origins(reference, origins[1]), columns, "reference")
     if mine.keys() != theirs.keys():
         raise ValueError(
             "policy and reference must hold the same prompts; got "
@@ -241,12 +276,6 @@ def _match_prompts(
             f"{len(theirs.keys() - mine.keys())} in reference only."
         )
     prompts = list(mine)
-    absent = sorted(columns.keys() - {PROMPT, RESPONSE_IDS} - mine[prompts[0]].keys())
-    if absent:
-        raise ValueError(
-            f"columns must map to columns of the policy's rows; got {dict(columns)!r}, and "
-            f"no {absent[0]!r} there. Correct the name."
-        )
     check_origins(*origins, has_kl=_has_kl(mine[prompts[0]]))
     return prompts, [mine[prompt] for prompt in prompts], [theirs[prompt] for prompt in prompts]
 

@@ -116,12 +116,20 @@ def assigned(option: str, words: Sequence[str] | None) -> dict[str, str] | None:
     Raises
     ------
     ValueError
-        If a word has no equals sign.
+        If a word has no equals sign, or a key is given twice.
     """
+    found: dict[str, str] = {}
     for word in words or []:
         if "=" not in word:
             raise ValueError(f"{option} must be KEY=VALUE; got {word!r}.")
-    return dict(word.split("=", 1) for word in words) if words else None
+        key, value = word.split("=", 1)
+        if key in found:
+            raise ValueError(
+                f"{option} must give each key once; got {key!r} as {found[key]!r} and {value!r}. "
+                "Remove one."
+            )
+        found[key] = value
+    return found or None
 
 
 def finished(output: Path) -> None:

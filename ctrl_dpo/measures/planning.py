@@ -12,6 +12,7 @@ import numpy as np
 
 from ctrl_dpo._validation import check_positive
 from ctrl_dpo.measures import plots
+from ctrl_dpo.measures.attainment import optimal_points
 from ctrl_dpo.measures.figure_style import DPI
 from ctrl_dpo.measures.tables import table
 from ctrl_dpo.theory.policies import FrontierPoint, frontier
@@ -43,12 +44,14 @@ def frontier_rows(
     -------
     list of dict
         ``procedure``, ``transformation``, ``kl``, ``beta`` and ``win_rate``, as
-        :func:`~ctrl_dpo.measures.plots.frontier_figure` takes them.
+        :func:`~ctrl_dpo.measures.plots.frontier_figure` takes them. Where the optimum's win rate
+        is all but 1 (:func:`~ctrl_dpo.measures.attainment.optimal_points`) it has no beta.
     """
     rows: list[dict[str, Any]] = []
     for procedure in map(parse_procedure, procedures):
-        compared = ["optimal", _exponential(procedure, rate), Identity()]
-        rows += _rows(procedure, frontier(procedure, compared, kls, against))
+        compared = [_exponential(procedure, rate), Identity()]
+        points = optimal_points(procedure, kls, against)
+        rows += _rows(procedure, points + frontier(procedure, compared, kls, against))
     return rows
 
 

@@ -1,20 +1,17 @@
-"""Inference-time win rates of two sets of draws, and their share of what is attainable."""
+"""Inference-time win rates of two sets of draws, procedures applied to both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Sized
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import integrate
-from scipy.interpolate import PchipInterpolator
 
-from ctrl_dpo._validation import check_finite, check_positive
-from ctrl_dpo.measures.estimates import Estimate, bootstrap_interval, mean_over_prompts
-from ctrl_dpo.theory.policies import frontier
+from ctrl_dpo._validation import check_finite
+from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts
 from ctrl_dpo.theory.procedures import (
     Procedure,
     parse_procedure,
@@ -66,7 +63,7 @@ def inference_win_rate(
     Raises
     ------
     ValueError
-        If the numbers of prompts differ.
+        If the numbers of prompts differ, or a prompt has too few draws.
 
     Notes
     -----
@@ -94,9 +91,41 @@ def inference_win_rate(
             f"{len(policy)} and {len(reference)} rows."
         )
     mine, theirs = _both(procedure, against)
-    pairs = enumerate(zip(policy, reference, strict=True))
-    per_prompt = [_win_rate(a, b, mine, theirs, row) for row, (a, b) in pairs]
+    places = [f"row {row}" for row in range(len(policy))]
+    check_draws("policy_rewards", policy, mine, places)
+    check_draws("reference_rewards", reference, theirs, places)
+    pairs = zip(policy, reference, strict=True)
+    per_prompt = [_win_rate(a, b, mine, theirs) for a, b in pairs]
     return mean_over_prompts(per_prompt, confidence, seed, "win rate")
+
+
+def check_draws(
+    name: str, rows: Sequence[Sized], procedure: Procedure, places: Sequence[str]
+) -> None:
+    """Raise where a prompt has fewer draws than a procedure looks at.
+
+    Parameters
+    ----------
+    name : str
+        What the error calls the rewards.
+    rows : sequence of sized
+        The draws of each prompt.
+    procedure : Procedure
+        Inference-time procedure.
+    places : sequence of str
+        What the error calls each prompt.
+
+    Raises
+    ------
+    ValueError
+        If a prompt has too few.
+    """
+    for row, place in zip(rows, places, strict=True):
+        if len(row) < procedure.n_draws:
+            raise ValueError(
+                f"{name} must hold >= {procedure.n_draws} draws a prompt for {procedure}; got "
+                f"{len(row)} at {place}. Draw more, or evaluate a smaller N."
+            )
 
 
 def _win_rate(
@@ -104,18 +133,8 @@ def _win_rate(
     reference: NDArray[np.float64],
     mine: Procedure,
     theirs: Procedure,
-    row: int,
 ) -> float:
     """Return the win rate on one prompt."""
-    for name, draws, procedure in (
-        ("policy_rewards", policy, mine),
-        ("reference_rewards", reference, theirs),
-    ):
-        if draws.size < procedure.n_draws:
-            raise ValueError(
-                f"{name} must hold >= {procedure.n_draws} draws a prompt for {procedure}; got "
-                f"{draws.size} at row {row}. Draw more, or evaluate a smaller N."
-            )
     ordered = np.sort(reference)
     # weight of the reference rewards below each boundary of the sorted list
     below = np.concatenate(([0.0], np.cumsum(selection_weights(theirs, reference.size))))
@@ -193,53 +212,6 @@ def checked_rows(name: str, rows: Rows) -> list[NDArray[np.float64]]:
     return checked
 
 
-def attainment(
-    win_rate: float, kl: float, procedure: str | Procedure, against: str | Procedure | None = None
-) -> float:
-    r"""Return the share of the possible gain in inference-time win rate that a policy reached.
-
-    .. math:: \frac{W - W_0}{W^*(\mathrm{KL}) - W_0}
-
-    Parameters
-    ----------
-    win_rate : float
-        Measured inference-time win rate W, a fraction.
-    kl : float
-        Measured KL from the reference policy, nats per response, > 0.
-    procedure : str or Procedure
-        Inference-time procedure of the win rate.
-    against : str or Procedure, optional
-        Procedure on the reference side, where it is another one.
-
-    Returns
-    -------
-    float
-        1 on the exact frontier, 0 at the win rate :math:`W_0` of the untrained policy, which is 1/2
-        unless ``against`` differs from ``procedure``.
-
-    Raises
-    ------
-    ValueError
-        If ``win_rate`` is not in [0, 1], or no optimum has that KL.
-
-    Notes
-    -----
-    The frontier holds for continuous rewards. Where many rewards tie, no policy reaches it.
-
-    Examples
-    --------
-    >>> round(attainment(0.84013652, 0.37007211, "best_of_4"), 6)
-    1.0
-    """
-    if not 0 <= win_rate <= 1:
-        raise ValueError(f"win_rate must be in [0, 1]; got {win_rate!r}.")
-    start = untrained_win_rate(procedure, against)
-    (point,) = frontier(procedure, ["optimal"], [check_positive("kl", kl)], against)
-    if math.isnan(point.win_rate):
-        raise ValueError(f"kl must be one that an optimum of {procedure} has; got {kl!r}.")
-    return (win_rate - start) / (point.win_rate - start)
-
-
 def _both(
     procedure: str | Procedure, against: str | Procedure | None
 ) -> tuple[Procedure, Procedure]:
@@ -273,52 +245,3 @@ def untrained_win_rate(procedure: str | Procedure, against: str | Procedure | No
         return 0.5
     lost, _ = integrate.quad(lambda u: float(mine.distortion(u) * theirs.density(u)), 0, 1)
     return float(1 - lost)
-
-
-def attainment_interval(
-    win_rate: Estimate,
-    kl: Estimate,
-    procedure: str | Procedure,
-    against: str | Procedure | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> dict[str, float] | None:
-    """Return the attainment with an interval, win rate and KL resampled together by prompt.
-
-    Parameters
-    ----------
-    win_rate, kl : Estimate
-        Results of :func:`inference_win_rate` and of ``kl_divergence`` on the same prompts.
-    procedure : str or Procedure
-        Inference-time procedure of the win rate.
-    against : str or Procedure, optional
-        Procedure on the reference side, where it is another one.
-    confidence : float
-        Nominal coverage of the interval, in (0, 1).
-    seed : int
-        Seed of the bootstrap.
-
-    Returns
-    -------
-    dict or None
-        ``value``, ``low`` and ``high``; None where the interval of the KL reaches 0, at which
-        attainment is 0/0.
-    """
-    if kl.low <= 0:
-        return None
-    start = untrained_win_rate(procedure, against)
-    above = 1 + 6 * kl.standard_error / kl.value
-    steps = np.concatenate((np.geomspace(1 / 32, 1, 13), np.geomspace(1, above, 5)))
-    points = frontier(procedure, ["optimal"], (kl.value * np.unique(steps)).tolist(), against)
-    kls, best = np.array([(p.kl, p.win_rate) for p in points if not math.isnan(p.win_rate)]).T
-    # the gain grows nearly as the root of the KL, so their ratio is smooth in the root
-    roots = np.sqrt(kls)
-    slope = PchipInterpolator(roots, (best - start) / roots)
-
-    def share(wins: NDArray[np.float64], kls: NDArray[np.float64], axis: int) -> Any:
-        root = np.sqrt(np.clip(kls.mean(axis=axis), roots[0] ** 2, roots[-1] ** 2))
-        return (wins.mean(axis=axis) - start) / (slope(root) * root)
-
-    samples = win_rate.per_prompt, kl.per_prompt
-    low, high = bootstrap_interval(samples, share, confidence, seed)
-    return {"value": float(share(*samples, axis=-1)), "low": low, "high": high}
