@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,12 @@ from ctrl_dpo.measures.draws import (
     named,
     noting_origins,
 )
-from ctrl_dpo.measures.estimates import Estimate, mean_over_prompts, paired_difference
+from ctrl_dpo.measures.estimates import (
+    Estimate,
+    largest_coverage,
+    mean_over_prompts,
+    paired_difference,
+)
 from ctrl_dpo.measures.uniformity import CalibrationError, calibration_error
 from ctrl_dpo.measures.win_rates import Rows, check_draws, checked_rows, inference_win_rate
 from ctrl_dpo.theory.procedures import Procedure, parse_procedure
@@ -39,6 +45,8 @@ __all__ = [
 ]
 
 Draws = dict[str, list[Any]]  # of one prompt, by column
+
+logger = logging.getLogger(__name__)
 
 PROCEDURES = ("single_draw", "best_of_4", "worst_of_4")
 
@@ -147,6 +155,11 @@ def evaluate(
         the reference's side apart), or a prompt has fewer draws than a procedure looks at; if
         sampler or template differ, or log-probabilities are of draws that a changed sampler made.
 
+    Notes
+    -----
+    A warning is logged where the prompts are too few for intervals of that confidence: 95 % need 6
+    (:func:`~ctrl_dpo.measures.estimates.largest_coverage`).
+
     Examples
     --------
     >>> policy = [{"prompt": p, "rewards": [0.2, 0.9]} for p in ("a", "b")]
@@ -159,6 +172,7 @@ def evaluate(
     prompts, ours, base = _match_prompts(policy, reference, columns or {})
     options: dict[str, Any] = {"confidence": confidence, "seed": seed}
     rewards = [row[REWARDS] for row in ours], [row[REWARDS] for row in base]
+    _warn_of_few(len(prompts), confidence)
     places = [named(prompt) for prompt in prompts]
     for procedure in procedures:
         other = procedure if against is None else against
@@ -278,6 +292,19 @@ def _match_prompts(
     prompts = list(mine)
     check_origins(*origins, has_kl=_has_kl(mine[prompts[0]]))
     return prompts, [mine[prompt] for prompt in prompts], [theirs[prompt] for prompt in prompts]
+
+
+def _warn_of_few(n_prompts: int, confidence: float) -> None:
+    """Log that intervals over so few prompts do not cover what they are meant to."""
+    coverage = largest_coverage(n_prompts)
+    if coverage < confidence:
+        logger.warning(
+            "%d prompts are too few for %g%% intervals: theirs cover the mean of a symmetric "
+            "distribution %.3g%% of the time at most. Evaluate more prompts.",
+            n_prompts,
+            100 * confidence,
+            100 * coverage,
+        )
 
 
 def _has_kl(draws: Draws) -> bool:

@@ -105,8 +105,9 @@ def mean_over_prompts(
     normal in place of a Student quantile; the level is widened by both factors [2]_. In simulations
     of win rates with 32 prompts of 16 draws the plain percentile interval covered 92.1 to 95.0 % at
     nominal 95 %, plain BCa 92.8 to 95.4 %, and this one 94.3 to 96.2 %; with 128 prompts of 32
-    draws it covered 94.0 to 95.8 % (``benchmarks/interval_coverage.py``). Numbers that are
-    all equal have an interval of width zero.
+    draws it covered 94.0 to 95.8 % (``benchmarks/interval_coverage.py``). With fewer than 6 prompts
+    it cannot cover 95 %, see :func:`largest_coverage`. Numbers that are all equal have an interval
+    of width zero.
 
     References
     ----------
@@ -141,6 +142,31 @@ def mean_over_prompts(
         standard_error=math.ldexp(float(np.std(unit, ddof=1)) / math.sqrt(n), exponent),
         per_prompt=values,
     )
+
+
+def largest_coverage(n: int) -> float:
+    r"""Return how often a bootstrap interval over ``n`` prompts can cover the mean at most.
+
+    .. math:: 1 - 2^{1 - n}
+
+    Parameters
+    ----------
+    n : int
+        Number of prompts.
+
+    Returns
+    -------
+    float
+        A probability, for numbers with a symmetric continuous distribution: no mean of resamples
+        leaves the range of the numbers, and all of them lie on one side of their expectation with
+        probability :math:`2 \cdot 2^{-n}`.
+
+    Examples
+    --------
+    >>> [largest_coverage(n) for n in (2, 3, 4, 5, 6)]
+    [0.5, 0.75, 0.875, 0.9375, 0.96875]
+    """
+    return 1 - 2.0 ** (1 - n)
 
 
 def paired_difference(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ctrl_dpo.evaluate import compare, evaluate
+from ctrl_dpo.measures.estimates import largest_coverage, mean_over_prompts
 
 
 def rows(rewards):
@@ -75,3 +76,33 @@ def test_records_of_before_are_compared_with_each_other_only(sides):
     assert compare(*older) == expected
     with pytest.raises(ValueError, match=r"same reference_hash; got None .*\. Evaluate both on"):
         compare(older[0], records[1])
+
+
+# --- few prompts
+
+
+def test_too_few_prompts_for_the_confidence_are_told_of(rng, caplog):
+    few = "are too few for 95% intervals: theirs cover the mean of a symmetric distribution "
+    for n, told in ((2, "2 prompts {}50%"), (4, "4 prompts {}87.5%"), (5, "5 prompts {}93.8%")):
+        caplog.clear()
+        record(rows(rng.random((n, 3))), rows(rng.random((n, 3))))
+        (message,) = caplog.messages
+        assert message.startswith(told.format(few))
+    caplog.clear()
+    record(rows(rng.random((6, 3))), rows(rng.random((6, 3))))
+    record(rows(rng.random((2, 3))), rows(rng.random((2, 3))), confidence=0.5)
+    assert caplog.messages == []
+    record(rows(rng.random((6, 3))), rows(rng.random((6, 3))), confidence=0.99)
+    assert "6 prompts are too few for 99% intervals" in caplog.text
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_intervals_over_few_prompts_cover_as_often_as_is_said(rng, n):
+    """300 samples of a symmetric distribution around 0; 4.5 standard errors."""
+    made = [mean_over_prompts(rng.normal(size=n), seed=seed) for seed in range(300)]
+    for e in made:
+        assert e.per_prompt.min() - 1e-12 <= e.low <= e.high <= e.per_prompt.max() + 1e-12
+    covered = np.mean([e.low <= 0 <= e.high for e in made])
+    most = largest_coverage(n)
+    error = np.sqrt(most * (1 - most) / 300)
+    assert most - 0.05 - 4.5 * error < covered < most + 4.5 * error
