@@ -57,8 +57,8 @@ class CTRLDPOTrainer(ResumableTrainer):
         Groups (``prompt, responses, rewards``), relabelled groups, pairs with ``margin``, with
         ``anchor`` > 0 single responses (``prompt, response, reward``), or, for the losses ``dpo``
         and ``ipo``, plain pairs; the prompt of pairs may be implicit. A column ``weight``
-        multiplies the loss of its row. Pairs of one
-        prompt are one row of a batch, unless ``share_prompt`` is False.
+        multiplies the loss of its row. Pairs of one prompt are one row of a batch, unless
+        ``share_prompt`` is False.
     eval_dataset : datasets.Dataset or dict of str to datasets.Dataset, optional
         The same, for evaluation losses and metrics.
     processing_class : transformers.PreTrainedTokenizerBase, optional
