@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ctrl_dpo.config import CTRLDPOConfig
-from ctrl_dpo.engine.batches import row_lengths
 from ctrl_dpo.engine.checks import (
     check_context,
     check_new_adapter,
@@ -25,10 +23,10 @@ from ctrl_dpo.engine.losses import group_loss, pad_groups, share_of_update
 from ctrl_dpo.engine.memory import MemoryCallback
 from ctrl_dpo.engine.metrics import RunningMeans, batch_metrics, token_metrics
 from ctrl_dpo.engine.models import load_tokenizer
-from ctrl_dpo.engine.passes import LengthPools, collate_passes, default_tokens
+from ctrl_dpo.engine.pass_trainer import PassTrainer
+from ctrl_dpo.engine.passes import default_tokens
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
-from ctrl_dpo.engine.resumable import ResumableTrainer
 from ctrl_dpo.engine.rows import training_rows, warn_of_merged_pairs, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
 from ctrl_dpo.engine.setup import check_arguments, mixed_precision, set_up_policies
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class CTRLDPOTrainer(ResumableTrainer):
+class CTRLDPOTrainer(PassTrainer):
     r"""Fit a policy offline to the optimal log-ratios of an inference-time procedure.
 
     .. math:: \log \frac{\pi(y|x)}{\pi_\mathrm{ref}(y|x)} = \frac{\Phi(C(x, y))}{\beta} - \log Z
@@ -138,7 +136,6 @@ class CTRLDPOTrainer(ResumableTrainer):
             warn_of_overlap(rows, eval_rows)
         self._add_reference_logps([row for p in (rows, *evaluated.values()) for row in p], args)
         self._is_fresh = True
-        self._pools: LengthPools | None = None
         start = self.reference.start
         facts = {"model": start, "reference_model": identity, "beta": self.beta, **origin(data)}
         super().__init__(
@@ -151,7 +148,6 @@ class CTRLDPOTrainer(ResumableTrainer):
             processing_class=tokenizer,
             callbacks=[FootprintCallback(), MemoryCallback(), *(callbacks or [])],
         )
-        self._set_up_passes(args)
 
     def _settle_computation(
         self, model: Any, rows: list[dict[str, Any]], tokenizer: Any, args: CTRLDPOConfig
@@ -161,24 +157,6 @@ class CTRLDPOTrainer(ResumableTrainer):
         args.share_prompt = args.share_prompt and can_share_prompt(judged, rows)
         with mixed_precision(args):
             return computation(judged, self.reference.identity, tokenizer, args.share_prompt)
-
-    def _set_up_passes(self, args: CTRLDPOConfig) -> None:
-        """Lay a micro-batch out in passes of at most so many tokens, or in one that must be one."""
-        if self._needs_one_pass():
-            args.max_tokens_per_pass = None
-        self.data_collator = partial(
-            collate_passes, share_prompt=args.share_prompt, max_tokens=args.max_tokens_per_pass
-        )
-
-    def _needs_one_pass(self) -> bool:
-        """Tell whether a backward pass does more than to add to the gradients."""
-        layerwise = any(name in str(self.args.optim) for name in ("layerwise", "lomo"))
-        return layerwise or self._is_sharded()
-
-    def _is_sharded(self) -> bool:
-        """Tell whether a pass gathers weights, so that processes must make equally many."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return bool(sharded or self.is_distributed_loading_by_transformers)
 
     def _tokenised(
         self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig, name: str = "eval_dataset"
@@ -284,47 +262,14 @@ class CTRLDPOTrainer(ResumableTrainer):
         with mixed_precision(self.args):
             return response_logps(model, inputs)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
-        """Count the groups of an update: micro-batches and processes may hold unequal numbers."""
-        groups = sum(len(batch["weights"]) for batch in batch_samples)
-        counts: torch.Tensor = self.accelerator.gather(torch.tensor(groups, device=device))
-        return counts.sum()
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the order of the rows, in batches of similar lengths where those are asked for."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [sum(row_lengths(row, self.args.share_prompt)) for row in rows]
-        size = self.args.train_batch_size * self.args.world_size
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._pools = LengthPools(lengths, size, seed)
-        return self._pools
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> None:
-        """Leave rows that are evaluated as they are; group_by_length would look for input_ids."""
-
-    def _run_epoch(self, **arguments: Any) -> None:
-        """Train for an epoch in its order, of which accelerate tells a resumed loader nothing."""
-        if self._pools is not None:
-            self._pools.set_epoch(arguments["epoch"])
-        super()._run_epoch(**arguments)
-
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Make the passes of a micro-batch; before the first, compare with the reference."""
+        """Make a step of training; before the first, compare with the reference."""
         if self.state.global_step == 0 and self._is_fresh:
             self._is_fresh = False
             self._check_step_zero(model, self._prepare_inputs(inputs))
-        if num_items_in_batch is None:
-            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
-        *first, last = inputs["passes"]
-        loss = torch.zeros((), device=self.args.device)
-        for part in first:
-            with self.accelerator.no_sync(model):  # processes meet once, after the last
-                loss += super().training_step(model, part, num_items_in_batch)
-        return loss + super().training_step(model, last, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     @torch.no_grad()
     def _check_step_zero(self, model: Any, inputs: Any) -> None:
