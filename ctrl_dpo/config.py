@@ -42,7 +42,6 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "enable_jit_checkpoint": (False, "SIGTERM and SIGINT save a complete checkpoint without it."),
     "fp16_full_eval": (False, _ONE_TYPE),
     "include_for_metrics": ([], _METRICS),
-    "label_names": (None, _METRICS),
     "label_smoothing_factor": (0.0, _NO_LABELS),
     "length_column_name": ("length", "Lengths are counted in tokens."),
     "neftune_noise_alpha": (None, _ANOTHER),

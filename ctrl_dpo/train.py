@@ -113,8 +113,8 @@ class CTRLDPOTrainer(PassTrainer):
         given = _by_name(eval_dataset)
         parts = {k: labelled(part, args, _argument(k)) for k, part in given.items()}
         self._labels = labels_of_training(data, args, self.beta)
-        for part in parts.values():
-            check_labels(part, self._labels)
+        for k, part in parts.items():
+            check_labels(part, self._labels, _argument(k))
         evaluated = {
             k: self._tokenised(part, tokenizer, args, _argument(k)) for k, part in parts.items()
         }
@@ -125,8 +125,8 @@ class CTRLDPOTrainer(PassTrainer):
         identity = self.reference.identity
         logger.info("reference policy: %s (%s)", self.reference.kind, identity)
         check_provenance(data, identity, tokenizer)
-        for part in parts.values():
-            check_provenance(part, identity, tokenizer, "eval_dataset")
+        for k, part in parts.items():
+            check_provenance(part, identity, tokenizer, _argument(k))
         check_context(model, rows, "train_dataset")
         self.reference_computed = self._settle_computation(model, rows, tokenizer, args)
         for each in (data, *parts.values()):
@@ -190,16 +190,20 @@ class CTRLDPOTrainer(PassTrainer):
         """Evaluate, also on a dataset that was not there when the trainer was built."""
         # a dict comes back part by part, a name is of one that was there
         if not (eval_dataset is None or isinstance(eval_dataset, (dict, str))):
-            eval_dataset = self._prepared(eval_dataset, "eval_dataset")
+            eval_dataset = self._rows(eval_dataset, "eval_dataset")
         found: dict[str, float] = super().evaluate(eval_dataset, *args, **kwargs)
         return found
 
     def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
         """Measure loss and metrics on another dataset; predictions are not kept."""
-        return super().predict(self._prepared(test_dataset, "test_dataset"), *args, **kwargs)
+        return super().predict(self._rows(test_dataset, "test_dataset"), *args, **kwargs)
 
-    def _prepared(self, dataset: Any, name: str) -> list[dict[str, Any]]:
-        """Label, check and tokenise a dataset that was not there when the trainer was built."""
+    def _rows(self, dataset: Any, name: str) -> Any:
+        """Return rows that the trainer has, or make them of a dataset that was not there before."""
+        given = self.eval_dataset
+        known = (self.train_dataset, *(given.values() if isinstance(given, dict) else [given]))
+        if any(dataset is rows for rows in known):
+            return dataset
         if self._is_sharded():
             raise ValueError(
                 f"{name} must be given when the trainer is built (eval_dataset=...) where weights "
@@ -208,7 +212,7 @@ class CTRLDPOTrainer(PassTrainer):
             )
         dataset = labelled(dataset, self.args, name)
         tokenizer = self.processing_class
-        check_labels(dataset, self._labels)
+        check_labels(dataset, self._labels, name)
         check_provenance(dataset, self.reference.identity, tokenizer, name)
         check_computation(dataset, self.reference_computed)
         rows = self._tokenised(dataset, tokenizer, self.args, name)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 # TRL hands these to the chat template or the processor, and datasets of instructions keep the
@@ -49,10 +50,19 @@ def check_dataset(name: str, dataset: object) -> Dataset:
     if len(dataset) == 0:
         raise ValueError(f"{name} must have at least one row; got 0. Check the file and filters.")
     plain = dataset.with_format(None)
-    found = [column for column in UNREAD if column in plain.column_names]
+    found = unread_columns(plain.data.table)
     for index, row in enumerate(plain.select_columns(found) if found else ()):
         check_unread(row, f" at row {index} of {name}")
     return plain
+
+
+def unread_columns(table: pa.Table) -> list[str]:
+    """Return the columns of :data:`UNREAD` that hold more than nulls."""
+    return [
+        name
+        for name in UNREAD
+        if name in table.column_names and table[name].null_count < len(table)
+    ]
 
 
 def check_unread(row: Mapping[str, Any], where: str = "") -> None:

@@ -199,7 +199,7 @@ def message_text(name: str, message: Mapping[str, Any]) -> str:
     if more:
         raise ValueError(
             f"{name} must hold no more than role and content; got {more!r}. Render it into the "
-            "content, or drop that row."
+            "content, or remove that key from the messages."
         )
     return check_text(f"content of {name}", message.get("content"))
 

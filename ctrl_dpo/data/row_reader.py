@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ctrl_dpo.data import columns as names
-from ctrl_dpo.data.inputs import UNREAD, check_unread
+from ctrl_dpo.data.inputs import check_unread, unread_columns
 from ctrl_dpo.data.layout_rows import FLOATS, DroppedRow, Group, checked_group
 from ctrl_dpo.data.ragged import is_text, lengths_of, one_array, read_floats, to_lists
 
@@ -115,10 +115,10 @@ def clean_numbers(table: pa.Table, indices: list[int]) -> dict[str, pa.Array] | 
     -------
     dict of str to pyarrow.Array, or None
         The columns of :data:`FLOATS` that there are. None where a prompt is no text, or anything
-        could break a rule, as any column of :data:`UNREAD` could: what is wrong, and in which row,
-        is then for :meth:`RowReader.judge`.
+        could break a rule, as any column that nothing renders could: what is wrong, and in
+        which row, is then for :meth:`RowReader.judge`.
     """
-    if set(UNREAD).intersection(table.column_names):
+    if unread_columns(table):
         return None
     prompt, texts = one_array(table, names.PROMPT), one_array(table, names.RESPONSES)
     if not is_text(prompt.type) or prompt.null_count or not _shortest(prompt):

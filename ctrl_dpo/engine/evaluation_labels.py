@@ -38,7 +38,7 @@ def labels_of_training(dataset: Dataset, config: CTRLDPOConfig, beta: float) -> 
     return {**found, columns.BETA: beta, columns.ANCHOR: config.anchor}
 
 
-def check_labels(dataset: Dataset, wanted: Mapping[str, Any]) -> None:
+def check_labels(dataset: Dataset, wanted: Mapping[str, Any], name: str) -> None:
     """Raise where data to evaluate on was labelled for something else than training.
 
     Parameters
@@ -47,6 +47,8 @@ def check_labels(dataset: Dataset, wanted: Mapping[str, Any]) -> None:
         Data to evaluate on, labelled; of a column that it lacks nothing is known.
     wanted : mapping of str to str or float
         From :func:`labels_of_training`.
+    name : str
+        The argument that the dataset came as, for the error.
 
     Raises
     ------
@@ -57,7 +59,7 @@ def check_labels(dataset: Dataset, wanted: Mapping[str, Any]) -> None:
         others = [v for v in dataset.unique(column) if not _same(v, wanted[column])]
         if others:
             raise ValueError(
-                f"{column} of eval_dataset must be that of the training labels, "
+                f"{column} of {name} must be that of the training labels, "
                 f"{wanted[column]!r}; got {others[0]!r} at row "
                 f"{list(dataset[column]).index(others[0])}. Relabel its scored groups with the "
                 "settings of the training data: losses against other targets tell nothing."

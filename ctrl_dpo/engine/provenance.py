@@ -48,8 +48,8 @@ def check_provenance(
         Of the reference policy.
     tokenizer : transformers.PreTrainedTokenizerBase
         Of the reference policy.
-    what : {"train_dataset", "eval_dataset"}
-        Its name in the error.
+    what : str
+        The argument that it came as, for the error.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def check_provenance(
         return
     expected: dict[str, Any] = {"model": identity, "template": _template(tokenizer)}
     expected |= columns.UNCHANGED_SAMPLER
-    for text in dataset.unique(columns.SAMPLED_FROM):
+    for text in filter(None, dataset.unique(columns.SAMPLED_FROM)):
         found = json.loads(text)
         for name, value in expected.items():
             if name == "model" and identity_kind(found[name]) != identity_kind(value):

@@ -154,9 +154,16 @@ class ResumableTrainer(Trainer):
     def _load_callback_state(self) -> None:
         """Restore callbacks too, each in its place: some act on what others decided before them."""
         given = self.callback_handler.callbacks.copy()
-        order = [type(callback) for callback in given]
+        kinds = [type(callback).__name__ for callback in given]
+        stored = self.state.stateful_callbacks
+        for kind in set(kinds) & set(stored):
+            if isinstance(stored[kind], list):  # every save appends, the first ones are restored
+                stored[kind] = stored[kind][-kinds.count(kind) :]
         super()._load_callback_state()
-        self.callback_handler.callbacks.sort(key=lambda callback: order.index(type(callback)))
+        restored: dict[str, list[TrainerCallback]] = {kind: [] for kind in kinds}
+        for callback in self.callback_handler.callbacks:
+            restored[type(callback).__name__].append(callback)
+        self.callback_handler.callbacks = [restored[kind].pop(0) for kind in kinds]
         for old, new in zip(given, self.callback_handler.callbacks, strict=True):
             if new is not old and new.state()["args"] != old.state()["args"]:
                 logger.warning(

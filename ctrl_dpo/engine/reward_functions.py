@@ -120,10 +120,12 @@ class FunctionReward:
 
     def _list(self, returned: Any) -> list[Any]:
         """List what the function returned; a mapping or a set has no scores in an order."""
-        shape = getattr(returned, "shape", (0,))
+        shape = tuple(getattr(returned, "shape", (0,)))
+        if shape[1:] == (1,):  # the logits of a reward model
+            return list(returned.reshape(-1))
         other = isinstance(returned, (str, bytes, Mapping, Set))
         if other or len(shape) != 1 or not isinstance(returned, Iterable):
-            kind = f"{type(returned).__name__} of shape {tuple(shape)}"
+            kind = f"{type(returned).__name__} of shape {shape}"
             raise TypeError(
                 f"reward {self.name} must return one number a response, in a list or an array of "
                 f"one dimension; got {reprlib.repr(returned) if len(shape) == 1 else kind}."

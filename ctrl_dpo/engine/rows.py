@@ -225,8 +225,8 @@ def _texts(row: Mapping[str, Any]) -> dict[str, Any]:
         split = split_pair(row)
     except DroppedRow:
         raise DroppedRow(_NO_PROMPT) from None
-    if split is not None:
-        return split
+    if split is not None:  # chosen is the better one, whatever scores say, as for other pairs
+        return {name: split[name] for name in (columns.PROMPT, columns.RESPONSES)}
     prompt = row[columns.PROMPT]
     sides = {name: row[name] for name in (columns.CHOSEN, columns.REJECTED)}
     for name, side in sides.items():

@@ -83,6 +83,15 @@ def test_every_dataset_and_prefix_has_its_own_metrics(tmp_path):
             assert predicted[name].metrics[key.replace("eval", "test", 1)] == wanted
 
 
+def test_rows_that_the_trainer_has_are_evaluated_again(tmp_path):
+    parts = {"six": PAIRS.select(range(6)), "rest": PAIRS.select([6, 7])}
+    made = trainer(tmp_path, parts)
+    wanted = made.evaluate()["eval_six_loss"]
+    assert made.evaluate(made.eval_dataset)["eval_six_loss"] == wanted
+    assert made.predict(made.eval_dataset["six"]).metrics["test_loss"] == wanted
+    assert made.evaluate(made.train_dataset)["eval_loss"] == made.evaluate(PAIRS)["eval_loss"]
+
+
 def test_the_best_model_may_be_chosen_by_any_metric_of_a_named_dataset(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best"}
     name = "eval_six_rewards/margins"

@@ -239,6 +239,31 @@ def test_a_restored_callback_keeps_its_place(data, tmp_path, caplog):
     assert caplog.text == ""
 
 
+class Between(TrainerCallback):
+    """Stand between two of another class."""
+
+
+def test_several_callbacks_of_a_class_keep_places_and_states(data, tmp_path, caplog):
+    def callbacks():
+        stops = [EarlyStoppingCallback(3), EarlyStoppingCallback(7)]
+        return [Counting(), Between(), stops[0], Counting(), stops[1], Between()]
+
+    one = make(tmp_path / "one", data, callbacks=callbacks(), eval_dataset=data, **EARLY)
+    one.train()
+    assert one.state.global_step == 4
+    kinds = [type(callback) for callback in one.callback_handler.callbacks]
+    other = make(tmp_path / "other", data, callbacks=callbacks(), eval_dataset=data, **EARLY)
+    with caplog.at_level(logging.WARNING):
+        other.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-3"))
+    assert other.state.global_step == 4
+    found = other.callback_handler.callbacks
+    assert [type(callback) for callback in found] == kinds
+    assert [c.steps for c in found if isinstance(c, Counting)] == [4, 4]
+    stops = [c for c in found if isinstance(c, EarlyStoppingCallback)]
+    assert [stop.early_stopping_patience for stop in stops] == [3, 7]
+    assert "goes on with" not in caplog.text
+
+
 def test_weights_alone_are_not_resumed(data, tmp_path):
     make(tmp_path, data, max_steps=2, save_only_model=True).train()
     trainer = make(tmp_path, data, max_steps=2, save_only_model=True, allow_changed=True)

@@ -44,7 +44,6 @@ def test_defaults(tmp_path):
         ({"average_tokens_across_devices": False}, "average_tokens_.* must be True; got False"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics must be False; got True"),
         ({"include_for_metrics": ["loss"]}, r"include_for_metrics must be \[\]; got \['loss'\]"),
-        ({"label_names": ["labels"]}, r"label_names must be None; got \['labels'\]"),
         ({"bf16_full_eval": True}, "bf16_full_eval must be False; got True.*model_dtype"),
         ({"fp16_full_eval": True}, "fp16_full_eval must be False; got True.*model_dtype"),
         ({"length_column_name": "n"}, "length_column_name must be 'length'; got 'n'"),

@@ -7,7 +7,9 @@ from datasets import Dataset, DatasetDict
 from tiny import tiny_llama, tiny_tokenizer
 
 from ctrl_dpo import CTRLDPOConfig, CTRLDPOTrainer, relabel, to_groups
+from ctrl_dpo.data import columns
 from ctrl_dpo.engine.labelling import labelled
+from ctrl_dpo.engine.provenance import check_provenance, provenance
 from ctrl_dpo.engine.rows import training_rows
 from ctrl_dpo.sample import sample
 from ctrl_dpo.score import score
@@ -87,3 +89,14 @@ def test_the_format_of_a_dataset_changes_nothing(form, tmp_path):
     assert formed == plain
     groups = made.select_columns(["prompt", "responses"]).with_format(form)
     assert lengths(groups)["rewards"][:] == [[1.0, 2.0]] * 2
+
+
+def test_rows_that_do_not_say_where_they_were_drawn_are_taken():
+    told = provenance("files:another", tiny_tokenizer(), dict(columns.UNCHANGED_SAMPLER))
+    data = Dataset.from_dict({"sampled_from": [None, None]})
+    assert check_provenance(data, "files:this", tiny_tokenizer()) is None
+    data = Dataset.from_dict({"sampled_from": [None, told]})
+    with pytest.raises(
+        ValueError, match=r"responses of a_set must be .* got model 'files:another'"
+    ):
+        check_provenance(data, "files:this", tiny_tokenizer(), "a_set")

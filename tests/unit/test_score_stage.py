@@ -245,7 +245,7 @@ def test_scores_that_are_no_numbers_are_refused(bad):
         ("123", "got '123'"),
         (np.float64(2.0), r"got float64 of shape \(\)"),
         (np.zeros((3, 2)), r"got ndarray of shape \(3, 2\)"),
-        (torch.zeros(3, 1), r"got Tensor of shape \(3, 1\)"),
+        (torch.zeros(3, 1, 1), r"got Tensor of shape \(3, 1, 1\)"),
     ],
 )
 def test_rewards_that_return_no_list_are_refused_by_name(returned, got):
@@ -255,6 +255,15 @@ def test_rewards_that_return_no_list_are_refused_by_name(returned, got):
     name = "test_score_stage:.*of_mine must return one number a response, in a list .*; "
     with pytest.raises(TypeError, match=f"reward {name}{got}"):
         score(groups(), of_mine, progress=False)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_logits_of_a_reward_model_are_one_number_a_response(kind):
+    def logits(prompts, responses):
+        return kind([[float(len(response))] for response in responses])
+
+    wanted = [[float(len(r)) for r in responses] for responses in groups()["responses"]]
+    assert score(groups(), logits, progress=False)["rewards"][:] == wanted
 
 
 def test_a_list_of_lists_is_refused_by_name_and_one_of_tensors_is_not():

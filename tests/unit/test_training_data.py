@@ -125,6 +125,15 @@ def test_pairs_with_an_implicit_prompt_train_as_with_an_explicit_one(
     assert rows[0][0]["targets"] == [5.0, 0.0]
 
 
+@pytest.mark.parametrize("scores", [(3.0, 4.0), (4.0, 4.0), (5.0, 4.0)])
+@pytest.mark.parametrize(("implicit", "explicit"), IMPLICIT)
+def test_chosen_is_the_better_one_whatever_scores_say(implicit, explicit, scores, tmp_path):
+    told = dict(zip(("score_chosen", "score_rejected"), scores, strict=True))
+    for pair in (implicit, explicit):
+        (row,) = rows_of([pair | told], tmp_path, loss="dpo")[0]
+        assert row["order"] == row["targets"] == [1, 0]
+
+
 def test_pairs_that_share_no_prompt_are_dropped_and_counted(tmp_path, caplog):
     other = {"chosen": "x y", "rejected": "z y"}
     with caplog.at_level(logging.WARNING):
