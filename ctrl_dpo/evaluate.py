@@ -238,12 +238,13 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, di
     """
     for setting in ("prompts_hash", "reference_hash", "against", "confidence"):
         found = first.get(setting), second.get(setting)
-        remedy = "Evaluate both on the same prompts and reference draws."
         if found[0] != found[1]:
+            remedy = "Evaluate both on the same prompts and reference draws."
+            if not (setting in first and setting in second):
+                remedy = "One is of an older version: evaluate it again."
             raise ValueError(
                 f"first and second must be records of the same {setting}; got {found[0]!r} "
-                f"for {first['name']!r} and {found[1]!r} for {second['name']!r}. "
-                + ("One is of an older version: evaluate it again." if None in found else remedy)
+                f"for {first['name']!r} and {found[1]!r} for {second['name']!r}. {remedy}"
             )
     # records without ranks are older: their equal hashes say that the order is the same
     ranks = [record.get("prompt_ranks", range(record["n_prompts"])) for record in (first, second)]

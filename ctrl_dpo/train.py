@@ -88,6 +88,7 @@ class CTRLDPOTrainer(PassTrainer):
 
     # the loss of a micro-batch is its share of a mean over all groups of an update
     loss_is_scaled_for_ga = True
+    _is_fresh = True  # no step was made yet
 
     def __init__(
         self,
@@ -110,36 +111,27 @@ class CTRLDPOTrainer(PassTrainer):
         tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
         warn_of_merged_pairs(rows, self.data_counts)
-        given = _by_name(eval_dataset)
-        parts = {k: labelled(part, args, _argument(k)) for k, part in given.items()}
         self._labels = labels_of_training(data, args, self.beta)
-        for k, part in parts.items():
-            check_labels(part, self._labels, _argument(k))
-        evaluated = {
-            k: self._tokenised(part, tokenizer, args, _argument(k)) for k, part in parts.items()
+        parts = {
+            k: self._labelled(part, tokenizer, args, _argument(k))
+            for k, part in _by_name(eval_dataset).items()
         }
+        evaluated = {k: part_rows for k, (_, part_rows) in parts.items()}
         from_dataset = all(row["reference_logps"] is not None for row in rows)
         model, self.reference = set_up_policies(
             model, ref_model, peft_config, tokenizer, args, from_dataset=from_dataset
         )
         identity = self.reference.identity
         logger.info("reference policy: %s (%s)", self.reference.kind, identity)
-        check_provenance(data, identity, tokenizer)
-        for k, part in parts.items():
-            check_provenance(part, identity, tokenizer, _argument(k))
-        check_context(model, rows, "train_dataset")
         self.reference_computed = self._settle_computation(model, rows, tokenizer, args)
-        for each in (data, *parts.values()):
-            check_computation(each, self.reference_computed)
-        for eval_rows in evaluated.values():
-            check_context(model, eval_rows, "eval_dataset")
-            warn_of_overlap(rows, eval_rows)
+        self._check(model, data, rows, tokenizer, "train_dataset")
+        for k, (part, part_rows) in parts.items():
+            self._check(model, part, part_rows, tokenizer, _argument(k))
+            warn_of_overlap(rows, part_rows)
         self._add_reference_logps([row for p in (rows, *evaluated.values()) for row in p], args)
-        self._is_fresh = True
-        start = self.reference.start
-        facts = {"model": start, "reference_model": identity, "beta": self.beta, **origin(data)}
+        known = {"model": self.reference.start, "reference_model": identity, "beta": self.beta}
         super().__init__(
-            facts=facts,
+            facts=known | origin(data),
             means={"train": RunningMeans(), "eval": RunningMeans()},
             model=model,
             args=args,
@@ -158,10 +150,21 @@ class CTRLDPOTrainer(PassTrainer):
         with mixed_precision(args):
             return computation(judged, self.reference.identity, tokenizer, args.share_prompt)
 
-    def _tokenised(
-        self, dataset: Dataset, tokenizer: Any, args: CTRLDPOConfig, name: str = "eval_dataset"
-    ) -> list[dict[str, Any]]:
-        return training_rows(dataset, tokenizer, args, self.beta, name)[0]
+    def _labelled(
+        self, dataset: Any, tokenizer: Any, args: CTRLDPOConfig, name: str
+    ) -> tuple[Dataset, list[dict[str, Any]]]:
+        """Label data to evaluate on as the training data is, and make rows of it."""
+        part = labelled(dataset, args, name)
+        check_labels(part, self._labels, name)
+        return part, training_rows(part, tokenizer, args, self.beta, name)[0]
+
+    def _check(
+        self, model: Any, data: Dataset, rows: list[dict[str, Any]], tokenizer: Any, name: str
+    ) -> None:
+        """Raise where data is not of the reference policy, or rows do not fit in the model."""
+        check_provenance(data, self.reference.identity, tokenizer, name)
+        check_computation(data, self.reference_computed)
+        check_context(model, rows, name)
 
     def _add_reference_logps(self, rows: list[dict[str, Any]], args: CTRLDPOConfig) -> None:
         missing = [row for row in rows if row["reference_logps"] is None]
@@ -210,13 +213,8 @@ class CTRLDPOTrainer(PassTrainer):
                 f"are sharded over processes; got a new one of {len(dataset)} rows, whose "
                 "reference pass would have to come before that."
             )
-        dataset = labelled(dataset, self.args, name)
-        tokenizer = self.processing_class
-        check_labels(dataset, self._labels, name)
-        check_provenance(dataset, self.reference.identity, tokenizer, name)
-        check_computation(dataset, self.reference_computed)
-        rows = self._tokenised(dataset, tokenizer, self.args, name)
-        check_context(self.model, rows, name)
+        part, rows = self._labelled(dataset, self.processing_class, self.args, name)
+        self._check(self.model, part, rows, self.processing_class, name)
         self._add_reference_logps(rows, self.args)
         return rows
 

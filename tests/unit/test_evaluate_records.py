@@ -78,6 +78,10 @@ def test_records_of_before_are_compared_with_each_other_only(sides):
         ValueError, match=r"same reference_hash; got None .*\. One is of an older version"
     ):
         compare(older[0], records[1])
+    # no procedure against which is a setting of its own
+    other = record(second, reference) | {"against": "single_draw"}
+    with pytest.raises(ValueError, match=r"same against; got None .*\. Evaluate both on"):
+        compare(records[0], other)
 
 
 # --- few prompts
