@@ -29,6 +29,7 @@ from ctrl_dpo.engine.policies import (
     FROZEN_ADAPTER,
     SECOND_MODEL,
 )
+from ctrl_dpo.engine.rows import training_rows
 from ctrl_dpo.sample import sample
 
 
@@ -191,12 +192,12 @@ def test_the_reference_stays_after_training_and_is_computed_for_new_data(
 ):
     made = make(mode, "float32", tiny_model_folder, tmp_path)
     fresh = labels(count=2, first=9)
-    before = made._tokenised(fresh, made.processing_class, made.args)
+    before = training_rows(fresh, made.processing_class, made.args, made.beta)[0]
     made._add_reference_logps(before, made.args)
     made.train()
     shutil.rmtree(tmp_path / "reference")
     trained_weights = {n: p.detach().clone() for n, p in made.model.named_parameters()}
-    after = made._tokenised(fresh, made.processing_class, made.args)
+    after = training_rows(fresh, made.processing_class, made.args, made.beta)[0]
     made._add_reference_logps(after, made.args)
     assert after == before
     for name, weight in made.model.named_parameters():
