@@ -116,14 +116,15 @@ def _ordered(groups: Dataset, experiment: Experiment, extremes: int | None) -> D
 
 
 def hard_label(loss: str) -> Callable[[Dataset, float, Experiment], Job]:
-    """Return DPO or IPO on the best and the worst response; the strength is beta."""
+    """Return DPO or IPO on the best and the worst response; the strength is beta.
+
+    Pairs that the experiment names are made of the responses that the other methods see.
+    """
 
     def job(groups: Dataset, strength: float, experiment: Experiment) -> Job:
-        ordered = _ordered(groups, experiment, None)
-        data = (
-            pairs(ordered) if experiment.as_pairs is None else pairs(ordered, experiment.as_pairs)
-        )
-        return Job(data, {"loss": loss, "beta": strength})
+        named = experiment.as_pairs
+        ordered = _ordered(groups, experiment, None if named is None else experiment.extremes)
+        return Job(pairs(ordered, named or "best_worst"), {"loss": loss, "beta": strength})
 
     return job
 

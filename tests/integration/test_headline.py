@@ -461,6 +461,22 @@ def test_every_method_labels_what_its_loss_needs(parts, experiment):
     assert set(jobs["exponential"].data["transformation"]) == {"exponential:-10.0"}
 
 
+def test_named_pairs_of_hard_labels_are_of_the_responses_that_the_others_see(parts, experiment):
+    from experiment.methods import METHODS
+
+    data = groups()
+    best_two = dataclasses.replace(experiment, extremes=2, as_pairs="all")
+    ordered = {}
+    for row in METHODS["dpo"](data, 1.0, best_two).data:
+        ordered.setdefault(row["prompt"], set()).add((row["chosen"], row["rejected"]))
+    for row in data:
+        ranked = [row["responses"][i] for i in np.argsort(row["rewards"])]
+        kept = [*ranked[:2], *ranked[-2:]]
+        assert ordered[row["prompt"]] == {
+            (better, worse) for i, better in enumerate(kept) for worse in kept[:i]
+        }
+
+
 def test_rank_labels_are_for_the_anchor_they_are_trained_with(parts, experiment):
     """The loss of anchor 0 fits k/(k-1) times its labels' differences, that of 1 fits them."""
     from experiment.methods import METHODS
