@@ -27,7 +27,7 @@ from ctrl_dpo.engine.pass_trainer import PassTrainer
 from ctrl_dpo.engine.passes import default_tokens
 from ctrl_dpo.engine.provenance import check_computation, check_provenance, computation
 from ctrl_dpo.engine.reference import add_reference_logps
-from ctrl_dpo.engine.rows import training_rows, warn_of_merged_pairs, warn_of_overlap
+from ctrl_dpo.engine.rows import check_batches, training_rows, warn_of_overlap
 from ctrl_dpo.engine.run_identity import origin
 from ctrl_dpo.engine.setup import check_arguments, mixed_precision, set_up_policies
 from ctrl_dpo.engine.sharing import can_share_prompt
@@ -110,7 +110,7 @@ class CTRLDPOTrainer(PassTrainer):
         name = model if isinstance(model, (str, Path)) else None
         tokenizer = processing_class or load_tokenizer(model.name_or_path if name is None else name)
         rows, self.data_counts = training_rows(data, tokenizer, args, self.beta)
-        warn_of_merged_pairs(rows, self.data_counts)
+        check_batches(rows, self.data_counts, args)
         self._labels = labels_of_training(data, args, self.beta)
         parts = {
             k: self._labelled(part, tokenizer, args, _argument(k))

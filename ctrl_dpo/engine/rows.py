@@ -101,8 +101,18 @@ def training_rows(
     return rows, counts
 
 
-def warn_of_merged_pairs(rows: list[dict[str, Any]], counts: Mapping[str, int]) -> None:
-    """Warn where an update holds more pairs, and an epoch fewer updates, than pairs alone give."""
+def check_batches(
+    rows: list[dict[str, Any]], counts: Mapping[str, int], config: CTRLDPOConfig
+) -> None:
+    """Raise where rows make no batch; warn where batches hold more pairs than pairs alone give."""
+    size = config.train_batch_size * config.world_size
+    if config.dataloader_drop_last and len(rows) < size:
+        raise ValueError(
+            f"train_dataset must fill a batch where dataloader_drop_last=True; got {len(rows)} "
+            f"rows of batches, and a batch is {size} (per_device_train_batch_size="
+            f"{config.per_device_train_batch_size}, {config.world_size} processes). Lower it, or "
+            "set dataloader_drop_last=False."
+        )
     merged = counts.get("pairs_merged_by_prompt", 0)
     if merged:
         logger.warning(

@@ -95,7 +95,8 @@ def gather_draws(
 
 def named(prompt: str) -> str:
     """Return what errors call a prompt of :func:`gather_draws`: its beginning."""
-    return f"prompt {prompt if len(prompt) <= _SHOWN else prompt[:_SHOWN] + '...'}"
+    shown = json.dumps(json.loads(prompt), ensure_ascii=False)  # the key itself is ASCII
+    return f"prompt {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}"
 
 
 def having_columns(

@@ -122,6 +122,23 @@ def test_pairs_of_a_prompt_are_one_row_aloud(tmp_path, caplog):
         assert made.train().global_step == updates
 
 
+def test_a_batch_that_is_never_full_is_refused_before_training(tmp_path):
+    """16 pairs of 4 prompts are 4 rows: no batch of 8, of which only full ones are kept."""
+    data = Dataset.from_dict(
+        {
+            "prompt": [f"q{i // 4}" for i in range(16)],
+            "chosen": [f"a{i}" for i in range(16)],
+            "rejected": [f"b{i}" for i in range(16)],
+        }
+    )
+    settings = {"loss": "dpo", "beta": 0.1, "max_steps": -1, "num_train_epochs": 1}
+    settings |= {"per_device_train_batch_size": 8, "dataloader_drop_last": True}
+    with pytest.raises(ValueError, match=r"got 4 rows of batches, and a batch is 8 .* 1 process"):
+        trainer(tmp_path, data, **settings)
+    apart = trainer(tmp_path, data, share_prompt=False, **settings)
+    assert apart.train().global_step == 2
+
+
 def test_pairs_with_margins_and_scored_groups_train(tmp_path):
     made = trainer(tmp_path / "pairs", pairs(labels()), max_steps=40)
     made.train()

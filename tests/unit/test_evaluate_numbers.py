@@ -287,6 +287,14 @@ def test_rows_that_do_not_fit_are_refused(policy, message):
         evaluate(policy, rows([[1, 2]] * 2), procedures=["single_draw"])
 
 
+@pytest.mark.parametrize("prompt", ["你好 “hé”", [{"role": "user", "content": "你好"}]])
+def test_prompts_are_shown_as_they_are_written(prompt):
+    draws = [{"prompt": prompt, "rewards": [1.0, 2.0]}]
+    with pytest.raises(ValueError, match=r"你好") as error:
+        evaluate(draws, draws, procedures=["best_of_4"])
+    assert "\\u" not in str(error.value)
+
+
 def test_a_prompt_that_is_nothing_is_refused():
     with pytest.raises(TypeError, match="prompt must be text; got None at row 1"):
         evaluate([*rows([[1, 2]]), {"prompt": None, "rewards": [1, 2]}], rows([[1, 2]] * 2))
