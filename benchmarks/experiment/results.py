@@ -75,6 +75,11 @@ def changes_of(record: Record) -> str:
     return ";".join(f"{key}={value}" for key, value in record["cell"]["changes"])
 
 
+def compared_as(record: Record) -> str:
+    """Return the method, with what the cell changes: in a comparison that is another method."""
+    return " ".join(filter(None, (record["cell"]["method"], changes_of(record))))
+
+
 def _interval(name: str, numbers: Mapping[str, float] | None) -> dict[str, Any]:
     """Lay an estimate out as three columns, empty where there is none."""
     ends = {"": "value", " low": "low", " high": "high"}
@@ -131,7 +136,7 @@ def _data(experiment: Experiment, records: Sequence[Record]) -> dict[str, dict[s
     """Return what the rows of each method in a comparison say of their data."""
     seeds: dict[str, set[int]] = defaultdict(set)
     for record in records:
-        seeds[record["cell"]["method"]].add(record["cell"]["seed"])
+        seeds[compared_as(record)].add(record["cell"]["seed"])
     size = {name: records[0]["training"][name] for name in ("n_prompts", "n_draws")}
     of = {"task": experiment.task, "n_train": records[0]["n_train"]}
     return {method: {**of, "seeds": len(found), **size} for method, found in seeds.items()}
@@ -147,7 +152,7 @@ def curves(records: Iterable[Record], judge: str, procedure: str) -> dict[str, C
     points: dict[str, dict[float, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         cell, found = record["cell"], per_prompt(record, judge, procedure)
-        points[cell["method"]][cell["strength"]].append(found)
+        points[compared_as(record)][cell["strength"]].append(found)
     return {method: curve_of(strengths) for method, strengths in points.items()}
 
 
@@ -228,7 +233,7 @@ def policies(experiment: Experiment, records: Iterable[Record]) -> str:
     lines = []
     for record in records:
         cell, measured = record["cell"], record[JUDGES[0]]
-        name = f"{cell['method']} {cell['strength']:g}, seed {cell['seed']}"
+        name = f"{compared_as(record)} {cell['strength']:g}, seed {cell['seed']}"
         if cell["ablation"] != "main":
             name += f" ({cell['ablation']})"
         share = measured["attainment"][experiment.procedure]

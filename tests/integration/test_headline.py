@@ -259,6 +259,46 @@ def test_rank_0_trains_and_measures_the_whole_model(bench, experiment):
     assert np.abs(ratios).max() > 0.1
 
 
+def test_a_change_that_is_compared_is_another_method(parts, experiment):
+    """Of cells called main: its policies are no points of the curve of the method unchanged."""
+    from experiment.results import curves, equal_kl_rows, main_cells
+    from experiment.settings import Cell
+
+    def record(cell, kl, rate):
+        measured = {
+            "kl": {"per_prompt": [kl, kl]},
+            "win_rates": {
+                name: {"per_prompt": [rate, rate + 0.02]} for name in experiment.measured
+            },
+        }
+        whole = {"cell": dataclasses.asdict(cell), "n_train": 8, "n_prompts": 2, "n_draws": 4}
+        return whole | dict.fromkeys(
+            ("training", "judging"), measured | {"n_prompts": 2, "n_draws": 4}
+        )
+
+    all_pairs = (("as_pairs", "all"),)
+    records = [
+        record(Cell("optimal", 0.1, 0), 1.0, 0.7),
+        record(Cell("dpo", 2.0, 0), 1.0, 0.6),
+        record(Cell("dpo", 2.0, 0, "main", all_pairs), 1.0, 0.65),
+        record(Cell("dpo", 2.0, 1, "main", all_pairs), 1.0, 0.67),
+        record(Cell("dpo", 1.0, 0, "responses", all_pairs), 1.0, 0.9),
+    ]
+    found = curves(main_cells(records), "training", experiment.procedure)
+    rates = {name: curve.win_rates.tolist() for name, curve in found.items()}
+    assert rates["dpo"] == [[0.6, 0.62]]
+    np.testing.assert_allclose(rates["dpo as_pairs=all"], [[0.66, 0.68]])
+    at_one = dataclasses.replace(experiment, kls=(1.0,))
+    rows = {
+        row["method"]: row
+        for row in equal_kl_rows(at_one, main_cells(records))
+        if (row["judge"], row["procedure"]) == ("training", experiment.procedure)
+    }
+    assert rows["dpo as_pairs=all"]["seeds"] == 2
+    assert rows["dpo as_pairs=all"]["ours_minus_method"]["value"] == pytest.approx(0.04)
+    assert rows["dpo"]["ours_minus_method"]["value"] == pytest.approx(0.1)
+
+
 def test_a_change_is_compared_with_the_same_seeds_unchanged(parts, experiment):
     """Per prompt, seeds averaged; what is measured on other prompts, or has no partner, is not."""
     from experiment.changes import changed_rows, page
