@@ -116,15 +116,16 @@ def _ordered(groups: Dataset, experiment: Experiment, extremes: int | None) -> D
 
 
 def hard_label(loss: str) -> Callable[[Dataset, float, Experiment], Job]:
-    """Return DPO or IPO on the best and the worst response; the strength is beta.
+    """Return DPO or IPO; the strength is beta.
 
-    Pairs that the experiment names are made of the responses that the other methods see.
+    On best against worst of all draws, or on the pairs that the experiment names, which are made
+    of the responses that the other methods see.
     """
 
     def job(groups: Dataset, strength: float, experiment: Experiment) -> Job:
-        named = experiment.as_pairs
-        ordered = _ordered(groups, experiment, None if named is None else experiment.extremes)
-        return Job(pairs(ordered, named or "best_worst"), {"loss": loss, "beta": strength})
+        kind = experiment.as_pairs
+        ordered = _ordered(groups, experiment, None if kind is None else experiment.extremes)
+        return Job(pairs(ordered, kind or "best_worst"), {"loss": loss, "beta": strength})
 
     return job
 

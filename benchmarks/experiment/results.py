@@ -76,7 +76,7 @@ def changes_of(record: Record) -> str:
 
 
 def compared_as(record: Record) -> str:
-    """Return the method, with what the cell changes: in a comparison that is another method."""
+    """Return the method's name in comparisons, with what a cell changes: dpo as_pairs=all."""
     return " ".join(filter(None, (record["cell"]["method"], changes_of(record))))
 
 
@@ -143,7 +143,7 @@ def _data(experiment: Experiment, records: Sequence[Record]) -> dict[str, dict[s
 
 
 def main_cells(records: Iterable[Record]) -> list[Record]:
-    """Return the records of the comparison itself, without ablations."""
+    """Return the records of the comparison itself: ablations are compared with their method."""
     return [record for record in records if record["cell"]["ablation"] == "main"]
 
 

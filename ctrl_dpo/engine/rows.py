@@ -104,14 +104,15 @@ def training_rows(
 def check_batches(
     rows: list[dict[str, Any]], counts: Mapping[str, int], config: CTRLDPOConfig
 ) -> None:
-    """Raise where rows make no batch; warn where batches hold more pairs than pairs alone give."""
-    size = config.train_batch_size * config.world_size
+    """Refuse rows that never fill a batch, where only full ones are kept; warn of merged pairs."""
+    shared = config.accelerator_config.split_batches
+    size = config.train_batch_size * (1 if shared else config.world_size)
     if config.dataloader_drop_last and len(rows) < size:
         raise ValueError(
             f"train_dataset must fill a batch where dataloader_drop_last=True; got {len(rows)} "
             f"rows of batches, and a batch is {size} (per_device_train_batch_size="
-            f"{config.per_device_train_batch_size}, {config.world_size} processes). Lower it, or "
-            "set dataloader_drop_last=False."
+            f"{config.per_device_train_batch_size}, world_size={config.world_size}). Lower "
+            "per_device_train_batch_size, or set dataloader_drop_last=False."
         )
     merged = counts.get("pairs_merged_by_prompt", 0)
     if merged:

@@ -94,7 +94,7 @@ def gather_draws(
 
 
 def named(prompt: str) -> str:
-    """Return what errors call a prompt of :func:`gather_draws`: its beginning."""
+    """Return what errors call a prompt, a key of :func:`gather_draws`: its beginning."""
     shown = json.dumps(json.loads(prompt), ensure_ascii=False)  # the key itself is ASCII
     return f"prompt {shown if len(shown) <= _SHOWN else shown[:_SHOWN] + '...'}"
 

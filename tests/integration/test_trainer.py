@@ -133,8 +133,9 @@ def test_a_batch_that_is_never_full_is_refused_before_training(tmp_path):
     )
     settings = {"loss": "dpo", "beta": 0.1, "max_steps": -1, "num_train_epochs": 1}
     settings |= {"per_device_train_batch_size": 8, "dataloader_drop_last": True}
-    with pytest.raises(ValueError, match=r"got 4 rows of batches, and a batch is 8 .* 1 process"):
+    with pytest.raises(ValueError, match=r"got 4 rows of batches, and a batch is 8 .*=1\)\. L"):
         trainer(tmp_path, data, **settings)
+    trainer(tmp_path, data, **settings | {"per_device_train_batch_size": 4})  # just full
     apart = trainer(tmp_path, data, share_prompt=False, **settings)
     assert apart.train().global_step == 2
 
