@@ -173,11 +173,14 @@ def evaluate(
     options: dict[str, Any] = {"confidence": confidence, "seed": seed}
     rewards = [row[REWARDS] for row in ours], [row[REWARDS] for row in base]
     _warn_of_few(len(prompts), confidence)
-    places = [named(prompt) for prompt in prompts]
+
+    def place(number: int) -> str:
+        return named(prompts[number])
+
     for procedure in procedures:
         other = procedure if against is None else against
-        check_draws("policy_rewards", rewards[0], parse_procedure(procedure), places)
-        check_draws("reference_rewards", rewards[1], parse_procedure(other), places)
+        check_draws("policy_rewards", rewards[0], parse_procedure(procedure), place)
+        check_draws("reference_rewards", rewards[1], parse_procedure(other), place)
     win_rates = {
         str(procedure): inference_win_rate(*rewards, procedure, against=against, **options)
         for procedure in procedures

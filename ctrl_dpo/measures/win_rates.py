@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from functools import lru_cache
 
 import numpy as np
@@ -91,16 +91,15 @@ def inference_win_rate(
             f"{len(policy)} and {len(reference)} rows."
         )
     mine, theirs = _both(procedure, against)
-    places = [f"row {row}" for row in range(len(policy))]
-    check_draws("policy_rewards", policy, mine, places)
-    check_draws("reference_rewards", reference, theirs, places)
+    check_draws("policy_rewards", policy, mine, "row {}".format)
+    check_draws("reference_rewards", reference, theirs, "row {}".format)
     pairs = zip(policy, reference, strict=True)
     per_prompt = [_win_rate(a, b, mine, theirs) for a, b in pairs]
     return mean_over_prompts(per_prompt, confidence, seed, "win rate")
 
 
 def check_draws(
-    name: str, rows: Sequence[Sized], procedure: Procedure, places: Sequence[str]
+    name: str, rows: Sequence[Sized], procedure: Procedure, place: Callable[[int], str]
 ) -> None:
     """Raise where a prompt has fewer draws than a procedure looks at.
 
@@ -112,19 +111,19 @@ def check_draws(
         The draws of each prompt.
     procedure : Procedure
         Inference-time procedure.
-    places : sequence of str
-        What the error calls each prompt.
+    place : callable
+        What the error calls a prompt, by its number.
 
     Raises
     ------
     ValueError
         If a prompt has too few.
     """
-    for row, place in zip(rows, places, strict=True):
+    for number, row in enumerate(rows):
         if len(row) < procedure.n_draws:
             raise ValueError(
                 f"{name} must hold >= {procedure.n_draws} draws a prompt for {procedure}; got "
-                f"{len(row)} at {place}. Draw more, or evaluate a smaller N."
+                f"{len(row)} at {place(number)}. Draw more, or evaluate a smaller N."
             )
 
 

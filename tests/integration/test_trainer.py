@@ -102,20 +102,22 @@ def test_plain_pairs_train_with_hard_labels(loss, tmp_path):
     assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
 
 
+FOUR_PAIRS = Dataset.from_dict(  # of each prompt
+    {
+        "prompt": [f"q{i // 4}" for i in range(16)],
+        "chosen": [f"a{i}" for i in range(16)],
+        "rejected": [f"b{i}" for i in range(16)],
+    }
+)
+AN_EPOCH = {"loss": "dpo", "beta": 0.1, "max_steps": -1, "num_train_epochs": 1}
+
+
 def test_pairs_of_a_prompt_are_one_row_aloud(tmp_path, caplog):
     """16 pairs of 4 prompts in batches of two: 4 rows and 2 updates an epoch, apart 16 and 8."""
-    data = Dataset.from_dict(
-        {
-            "prompt": [f"q{i // 4}" for i in range(16)],
-            "chosen": [f"a{i}" for i in range(16)],
-            "rejected": [f"b{i}" for i in range(16)],
-        }
-    )
-    settings = {"loss": "dpo", "beta": 0.1, "max_steps": -1, "num_train_epochs": 1}
     for share, updates in ((True, 2), (False, 8)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            made = trainer(tmp_path / str(share), data, share_prompt=share, **settings)
+            made = trainer(tmp_path / str(share), FOUR_PAIRS, share_prompt=share, **AN_EPOCH)
         told = "16 pairs are 4 rows of batches" in caplog.text
         assert told is share
         assert ("share_prompt=False" in caplog.text) is share
@@ -124,19 +126,11 @@ def test_pairs_of_a_prompt_are_one_row_aloud(tmp_path, caplog):
 
 def test_a_batch_that_is_never_full_is_refused_before_training(tmp_path):
     """16 pairs of 4 prompts are 4 rows: no batch of 8, of which only full ones are kept."""
-    data = Dataset.from_dict(
-        {
-            "prompt": [f"q{i // 4}" for i in range(16)],
-            "chosen": [f"a{i}" for i in range(16)],
-            "rejected": [f"b{i}" for i in range(16)],
-        }
-    )
-    settings = {"loss": "dpo", "beta": 0.1, "max_steps": -1, "num_train_epochs": 1}
-    settings |= {"per_device_train_batch_size": 8, "dataloader_drop_last": True}
+    settings = AN_EPOCH | {"per_device_train_batch_size": 8, "dataloader_drop_last": True}
     with pytest.raises(ValueError, match=r"got 4 rows of batches, and a batch is 8 .*=1\)\. L"):
-        trainer(tmp_path, data, **settings)
-    trainer(tmp_path, data, **settings | {"per_device_train_batch_size": 4})  # just full
-    apart = trainer(tmp_path, data, share_prompt=False, **settings)
+        trainer(tmp_path, FOUR_PAIRS, **settings)
+    trainer(tmp_path, FOUR_PAIRS, **settings | {"per_device_train_batch_size": 4})  # just full
+    apart = trainer(tmp_path, FOUR_PAIRS, share_prompt=False, **settings)
     assert apart.train().global_step == 2
 
 

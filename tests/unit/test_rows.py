@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -10,7 +12,7 @@ from tiny import tiny_tokenizer
 from ctrl_dpo import CTRLDPOConfig, match_kl, pairs, relabel
 from ctrl_dpo.engine.batches import collate
 from ctrl_dpo.engine.labelling import labelled, resolve_beta, resolve_procedure
-from ctrl_dpo.engine.rows import training_rows
+from ctrl_dpo.engine.rows import check_batches, training_rows
 
 GROUPS = {
     "prompt": ["one", "two"],
@@ -376,3 +378,22 @@ def test_what_lacks_its_end_is_truncated(tmp_path):
     assert short[0]["truncated"] == [False] * 3
     cut = config(tmp_path, procedure="single_draw", beta=1.0, max_response_length=2)
     assert rows_of(scored(), cut)[0][0]["truncated"] == [False, True, False]
+
+
+@pytest.mark.parametrize(("split", "batch"), [(False, 8), (True, 4)])
+def test_a_batch_of_several_processes_is_theirs_together(split, batch):
+    """Each takes per_device_train_batch_size rows, or with split_batches its share of so many."""
+    args = SimpleNamespace(
+        train_batch_size=4,
+        per_device_train_batch_size=4,
+        world_size=2,
+        dataloader_drop_last=True,
+        accelerator_config=SimpleNamespace(split_batches=split),
+    )
+    check_batches([{}] * batch, {}, args)
+    with pytest.raises(
+        ValueError, match=f"got {batch - 1} rows of batches, and a batch is {batch} "
+    ):
+        check_batches([{}] * (batch - 1), {}, args)
+    args.dataloader_drop_last = False
+    check_batches([{}], {}, args)
